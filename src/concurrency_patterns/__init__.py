@@ -1,0 +1,1 @@
+"""Concurrency patterns for Python that hold under cancellation, failure and load."""

@@ -1,0 +1,165 @@
+"""What the patterns raise, and the checks that refuse a bad argument at once."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+__all__ = [
+    "ChannelClosed",
+    "ChannelEmpty",
+    "CircuitOpen",
+    "ConcurrencyLimitExceeded",
+    "DeadlineExceeded",
+    "LocalRejection",
+    "PatternError",
+    "QueueFull",
+    "RateLimitExceeded",
+    "RemoteError",
+    "WorkerCrashed",
+]
+
+
+class PatternError(Exception):
+    """The root of all exceptions of this package."""
+
+
+class LocalRejection(PatternError):  # noqa: N818 -- says what happened, as StopIteration does
+    """The call was refused here and never sent.
+
+    It tells nothing about the service behind the policy, so a circuit breaker does not count it.
+
+    Args:
+        message: What was refused, and why.
+        retry_after: Seconds after which a new attempt can succeed; ``None`` if nobody can tell.
+    """
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RateLimitExceeded(LocalRejection):
+    """The tokens asked for do not arrive in the time allowed."""
+
+
+class ConcurrencyLimitExceeded(LocalRejection):
+    """No slot is free, and the caller may not wait, or may wait no longer.
+
+    Args:
+        message: What was refused, and why.
+        reason: ``"queue"`` if too many wait already, ``"wait"`` if the wait took too long.
+    """
+
+    def __init__(self, message: str = "", *, reason: str = "queue") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class QueueFull(LocalRejection):
+    """The queue holds as many items as it may, and the caller did not want to wait."""
+
+
+class CircuitOpen(LocalRejection):
+    """The circuit breaker is open, or all its probes are out.
+
+    ``__cause__`` is the failure that was seen last.
+    """
+
+
+class DeadlineExceeded(PatternError, TimeoutError):  # noqa: N818 -- gRPC's name
+    """The time for the operation is over.
+
+    Args:
+        message: What took too long.
+        seconds: The time that it was given.
+    """
+
+    def __init__(self, message: str = "", *, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class ChannelClosed(PatternError):  # noqa: N818 -- says what happened
+    """Nothing can be sent into this channel any more, or nothing is left to receive."""
+
+
+class ChannelEmpty(PatternError):  # noqa: N818 -- says what happened
+    """The channel holds no item, and the caller did not want to wait."""
+
+
+class WorkerCrashed(PatternError):  # noqa: N818 -- says what happened
+    """A worker process died while it handled an item.
+
+    Args:
+        message: What happened.
+        exitcode: The exit code of the process; ``-n`` if signal ``n`` killed it.
+        item: The arguments of the call that was lost.
+    """
+
+    def __init__(
+        self, message: str = "", *, exitcode: int | None = None, item: object = None
+    ) -> None:
+        super().__init__(message)
+        self.exitcode = exitcode
+        self.item = item
+
+
+class RemoteError(PatternError):
+    """A worker process raised an exception that cannot travel between processes.
+
+    Args:
+        message: The type and the text of the exception.
+        traceback: The traceback in the worker, as text.
+    """
+
+    def __init__(self, message: str = "", *, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse what is not a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse what is not a finite number above zero."""
+    _check_finite(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Refuse what is not a finite number of zero or more."""
+    _check_finite(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value!r}")
+
+
+def _check_finite(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def check_loop(
+    owner: object, bound: asyncio.AbstractEventLoop | None
+) -> asyncio.AbstractEventLoop:
+    """Return the running loop, to which ``owner`` may now be bound.
+
+    An object may serve one event loop after the other, but not two at the same time: a waiter
+    on one loop cannot be woken from another.
+
+    Raises:
+        RuntimeError: If the loop to which ``owner`` is bound is still running elsewhere.
+    """
+    loop = asyncio.get_running_loop()
+    if bound is not None and bound is not loop and bound.is_running():
+        name = type(owner).__name__
+        raise RuntimeError(f"this {name} is in use on another event loop; make one for each loop")
+    return loop

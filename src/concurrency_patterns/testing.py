@@ -1,0 +1,262 @@
+"""Test concurrent code without waiting and without luck.
+
+:func:`run_virtual` runs a program on a clock that jumps to the next timer, so that an hour of
+sleeping takes milliseconds and every measured time is exact. :func:`explore_cancellation` runs a
+scenario again and again, cancels each of its tasks at each step, and checks that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import selectors
+import threading
+from concurrent.futures import thread as executor_threads
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+from unittest import mock
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+
+__all__ = [
+    "CancellationFault",
+    "Deadlock",
+    "VirtualTimeLoop",
+    "explore_cancellation",
+    "run_virtual",
+    "virtual_time",
+]
+
+T = TypeVar("T")
+START = 1000.0  # not 0: a program that prints ``loop.time()`` itself is found out, as no real clock starts at 0
+
+
+class Deadlock(RuntimeError):  # noqa: N818 -- says what happened
+    """Every task waits for another one, and nothing can wake them any more."""
+
+
+class CancellationFault(AssertionError):  # noqa: N818 -- says what was found
+    """The invariant did not hold after a task had been cancelled at some step."""
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Instead of waiting for the next timer, moves the loop's clock to it."""
+
+    loop: VirtualTimeLoop
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        self.loop.begin_step()
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
+        if self.loop.has_real_work():
+            return self._wait_in_real_time(timeout)
+        if timeout is None:
+            names = ", ".join(sorted(task.get_name() for task in asyncio.all_tasks(self.loop)))
+            raise Deadlock(f"these tasks wait for ever: {names}")
+        self.loop.jump()
+        return ready
+
+    def _wait_in_real_time(self, timeout: float | None) -> list[Any]:
+        before = monotonic()
+        ready = super().select(timeout)
+        elapsed = monotonic() - before
+        self.loop.now += timeout if timeout is not None and not ready else elapsed
+        return ready
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer instead of waiting for it.
+
+    While a thread, a child process or a socket could still wake the loop, it waits in real time
+    and the clock follows. When nothing at all can wake it, it raises :class:`Deadlock` with the
+    names of the tasks that wait.
+
+    The principle is that of Trio's ``MockClock`` and of discrete-event simulation: time passes
+    only when there is nothing left to do.
+    """
+
+    def __init__(self) -> None:
+        self.now = START
+        self.on_step: Callable[[], None] | None = None
+        self._calls_out = 0
+        self._threads_before = set(threading.enumerate())
+        selector = _JumpingSelector()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        """Return the virtual time in seconds."""
+        return self.now
+
+    def jump(self) -> None:
+        """Move the clock to the next timer."""
+        # Rounding keeps 0.1 + 0.1 + 0.1 at 0.3; a nanosecond is the clock's resolution anyway.
+        self.now = max(self.now, round(self._scheduled[0].when(), 9))  # type: ignore[attr-defined]
+
+    def begin_step(self) -> None:
+        """Tell the listener, if there is one, that the loop begins its next step."""
+        if self.on_step is not None:
+            self.on_step()
+
+    def has_real_work(self) -> bool:
+        """Tell whether something outside of the loop could still wake it."""
+        own_pipe = 1
+        if self._calls_out or len(self._selector.get_map()) > own_pipe:  # type: ignore[attr-defined]
+            return True
+        idle = set(executor_threads._threads_queues)  # type: ignore[attr-defined]
+        return bool(set(threading.enumerate()) - self._threads_before - idle)
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+        """Run ``func`` in ``executor``; the clock does not jump until it has returned."""
+        future = super().run_in_executor(executor, func, *args)
+        self._calls_out += 1
+        future.add_done_callback(self._call_returned)
+        return future
+
+    def _call_returned(self, _: object) -> None:
+        self._calls_out -= 1
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Join the executor's threads in real time."""
+        self._calls_out += 1
+        try:
+            await super().shutdown_default_executor()
+        finally:
+            self._calls_out -= 1
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Run ``main`` as :func:`asyncio.run` does, on a virtual clock.
+
+    Args:
+        main: The coroutine to run.
+
+    Returns:
+        What ``main`` returns.
+
+    Raises:
+        Deadlock: If all tasks wait and nothing can wake them.
+    """
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)
+
+
+@contextlib.contextmanager
+def virtual_time() -> Iterator[None]:
+    """Give each :func:`asyncio.run` inside the ``with`` a virtual clock of its own."""
+    with (
+        mock.patch("asyncio.events.new_event_loop", VirtualTimeLoop),
+        mock.patch("asyncio.new_event_loop", VirtualTimeLoop),
+    ):
+        yield
+
+
+def explore_cancellation(
+    setup: Callable[[], T],
+    scenario: Callable[[T], Coroutine[Any, Any, object]],
+    invariant: Callable[[T], bool | Awaitable[bool]],
+) -> int:
+    """Cancel each task of a scenario at each step of the event loop, and check what is left.
+
+    Cancellation bugs hide in a single step: between the moment a permit is handed to a waiter
+    and the moment the waiter wakes. Real tests meet that step by luck; this one visits them all.
+    After each run the invariant is checked, and no task may be left running.
+
+    Args:
+        setup: Makes the object under test, with the event loop running.
+        scenario: Uses the object, in any number of tasks.
+        invariant: Tells whether the object is whole after the scenario; may be ``async``.
+
+    Returns:
+        How many runs were made.
+
+    Raises:
+        CancellationFault: If the invariant failed, a task was left, or everything hung. The
+            message names the task, the step, and the line where the task stood.
+    """
+    runs = victim = step = 0
+    while True:
+        attempt = _Attempt(victim, step)
+        attempt.run(setup, scenario, invariant)
+        runs += 1
+        if attempt.cancelled:
+            step += 1
+        elif step == 0:
+            return runs
+        else:
+            victim, step = victim + 1, 0
+
+
+class _Attempt:
+    """One run of a scenario in which the task number ``victim`` is cancelled once.
+
+    It is cancelled at the ``step``-th step of the loop after the task was created.
+    """
+
+    def __init__(self, victim: int, step: int) -> None:
+        self.victim = victim
+        self.step = step
+        self.cancelled = False
+        self.stood = "nowhere"
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.steps_seen = 0
+
+    def run(
+        self,
+        setup: Callable[[], T],
+        scenario: Callable[[T], Coroutine[Any, Any, object]],
+        invariant: Callable[[T], bool | Awaitable[bool]],
+    ) -> None:
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, VirtualTimeLoop)
+            subject = setup()
+            loop.set_task_factory(self._record)
+            loop.on_step = self._maybe_cancel
+            task = loop.create_task(scenario(subject), name="scenario")
+            await asyncio.wait([task])
+            loop.on_step = None
+            loop.set_task_factory(None)
+            left = [task.get_name() for task in self.tasks if not task.done()]
+            if left:
+                raise CancellationFault(f"{self}: still running: {', '.join(left)}")
+            for ended in self.tasks:
+                if not ended.cancelled():
+                    ended.exception()  # retrieved: how the scenario ends is not our question
+            holds = invariant(subject)
+            if inspect.isawaitable(holds):
+                holds = await holds
+            if not holds:
+                raise CancellationFault(f"{self}: the invariant does not hold")
+
+        try:
+            run_virtual(main())
+        except Deadlock as error:
+            raise CancellationFault(f"{self}: {error}") from error
+
+    def _record(
+        self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any
+    ) -> asyncio.Task[Any]:
+        task = asyncio.Task(coro, loop=loop, **options)
+        self.tasks.append(task)
+        return task
+
+    def _maybe_cancel(self) -> None:
+        if self.cancelled or len(self.tasks) <= self.victim:
+            return
+        task = self.tasks[self.victim]
+        if self.steps_seen == self.step and not task.done():
+            self.cancelled = True
+            if stack := task.get_stack(limit=1):
+                self.stood = f"{stack[0].f_code.co_filename}:{stack[0].f_lineno}"
+            task.cancel()
+        self.steps_seen += 1
+
+    def __str__(self) -> str:
+        if not self.cancelled:
+            return "without any cancellation"
+        name = self.tasks[self.victim].get_name()
+        return f"task {self.victim} ({name}) cancelled at its step {self.step}, at {self.stood}"
