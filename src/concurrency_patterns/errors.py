@@ -147,9 +147,7 @@ def _check_finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 
-def check_loop(
-    owner: object, bound: asyncio.AbstractEventLoop | None
-) -> asyncio.AbstractEventLoop:
+def check_loop(owner: object, bound: asyncio.AbstractEventLoop | None) -> asyncio.AbstractEventLoop:
     """Return the running loop, to which ``owner`` may now be bound.
 
     An object may serve one event loop after the other, but not two at the same time: a waiter

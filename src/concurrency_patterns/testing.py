@@ -14,7 +14,7 @@ import selectors
 import threading
 from concurrent.futures import thread as executor_threads
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from unittest import mock
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-START = 1000.0  # not 0: a program that prints ``loop.time()`` itself is found out, as no real clock starts at 0
+# Not 0: no real clock starts there, so a program that prints ``loop.time()`` itself is found out.
+START = 1000.0
 
 
 class Deadlock(RuntimeError):  # noqa: N818 -- says what happened
@@ -119,7 +120,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def _call_returned(self, _: object) -> None:
         self._calls_out -= 1
 
-    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- asyncio's own
         """Join the executor's threads in real time."""
         self._calls_out += 1
         try:
@@ -211,8 +212,7 @@ class _Attempt:
         invariant: Callable[[T], bool | Awaitable[bool]],
     ) -> None:
         async def main() -> None:
-            loop = asyncio.get_running_loop()
-            assert isinstance(loop, VirtualTimeLoop)
+            loop = cast("VirtualTimeLoop", asyncio.get_running_loop())
             subject = setup()
             loop.set_task_factory(self._record)
             loop.on_step = self._maybe_cancel
