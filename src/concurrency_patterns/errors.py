@@ -13,6 +13,7 @@ __all__ = [
     "DeadlineExceeded",
     "LocalRejection",
     "PatternError",
+    "PoolClosed",
     "QueueFull",
     "RateLimitExceeded",
     "RemoteError",
@@ -86,6 +87,10 @@ class ChannelClosed(PatternError):  # noqa: N818 -- says what happened
 
 class ChannelEmpty(PatternError):  # noqa: N818 -- says what happened
     """The channel holds no item, and the caller did not want to wait."""
+
+
+class PoolClosed(PatternError):  # noqa: N818 -- says what happened
+    """The pool does not run: it was never entered, or it is closed."""
 
 
 class WorkerCrashed(PatternError):  # noqa: N818 -- says what happened

@@ -107,10 +107,12 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         own_pipe = 1
         if self._calls_out or len(self._selector.get_map()) > own_pipe:  # type: ignore[attr-defined]
             return True
-        idle = set(executor_threads._threads_queues)  # type: ignore[attr-defined]
+        idle = set(executor_threads._threads_queues)
         return bool(set(threading.enumerate()) - self._threads_before - idle)
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]  # generic over func in the stub
+        self, executor: Any, func: Any, *args: Any
+    ) -> Any:
         """Run ``func`` in ``executor``; the clock does not jump until it has returned."""
         future = super().run_in_executor(executor, func, *args)
         self._calls_out += 1
