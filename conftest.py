@@ -1,0 +1,3 @@
+"""Every program of the pages is a test: see ``tests/docs/proof.py``."""
+
+pytest_plugins = ["proof"]
