@@ -187,10 +187,10 @@ def explore_cancellation(
         runs += 1
         if attempt.cancelled:
             step += 1
-        elif step == 0:
-            return runs
-        else:
+        elif victim < len(attempt.tasks):
             victim, step = victim + 1, 0
+        else:
+            return runs
 
 
 class _Attempt:

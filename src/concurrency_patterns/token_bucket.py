@@ -275,4 +275,5 @@ class _Level:
         if self.full_at is None:
             return ticks
         # After a step back of the clock the bucket is empty at worst: it cannot be stuck.
-        return min(self.full_at, ticks + self.depth)
+        self.full_at = min(self.full_at, ticks + self.depth)
+        return self.full_at

@@ -1,0 +1,380 @@
+"""Give an operation a time, hand on what is left of it, and end what does not end by itself.
+
+:func:`deadline` cuts a block short and fails, :func:`move_on_after` cuts it short and goes on,
+:class:`Timeout` does it for a function. The deadline travels in a context variable, so that
+everything called inside can ask how much time is :func:`remaining`. :func:`cancel_and_wait` ends
+a task and says how it ended; :func:`bounded_cleanup` finishes what a cancellation must not break.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import enum
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+
+from .errors import DeadlineExceeded, check_positive, check_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+    from types import TracebackType
+
+__all__ = [
+    "CancelOutcome",
+    "FailScope",
+    "MoveOnScope",
+    "Scope",
+    "Timeout",
+    "TimeoutStatistics",
+    "bounded_cleanup",
+    "cancel_and_wait",
+    "deadline",
+    "move_on_after",
+    "remaining",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def deadline(seconds: float) -> FailScope:
+    """Fail if a block takes too long.
+
+    Use it as ``async with deadline(5):``. The clock starts when the block is entered. When the time is over, the block is cancelled at
+    the point where it waits. A deadline inside another one never ends later than the outer one.
+    A :exc:`TimeoutError` that the block raises itself passes through as it is, and a cancellation
+    from outside wins over the deadline.
+
+    Args:
+        seconds: The time for the block; 0 lets it run to the first point where it waits.
+
+    Returns:
+        A scope for one ``async with``.
+
+    Raises:
+        DeadlineExceeded: From the block, when its time is over.
+        ValueError: If ``seconds`` is negative or not finite.
+
+    The model is the cancel scope of Trio (N. J. Smith, "Timeouts and cancellation for humans",
+    2018); that a deadline travels with the call is gRPC's deadline propagation.
+    """
+    return FailScope(seconds)
+
+
+def move_on_after(seconds: float) -> MoveOnScope:
+    """Stop a block that takes too long, and go on behind it.
+
+    It behaves as :func:`deadline` does, but raises nothing. Ask ``scope.expired`` afterwards
+    whether the block was cut short.
+
+    Args:
+        seconds: The time for the block; 0 lets it run to the first point where it waits.
+
+    Returns:
+        A scope for one ``async with``.
+
+    Raises:
+        ValueError: If ``seconds`` is negative or not finite.
+    """
+    return MoveOnScope(seconds)
+
+
+def remaining() -> float | None:
+    """Tell how much time is left, to hand it on to a client or a query.
+
+    Returns:
+        Seconds until the nearest deadline, 0 if it is over, ``None`` if there is none. In a
+        thread started by :func:`asyncio.to_thread` it is the deadline of the caller.
+    """
+    scope = _nearest()
+    return None if scope is None else scope.remaining()
+
+
+class Scope:
+    """A block with a time limit; :func:`deadline` and :func:`move_on_after` make one.
+
+    Attributes:
+        seconds: The time that was asked for.
+        expired: Whether the block was cut short because its time was over.
+    """
+
+    __slots__ = ("_loop", "_open", "_outer", "_timeout", "_when", "expired", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        check_seconds("seconds", seconds)
+        self.seconds = seconds
+        self.expired = False
+        self._open = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outer: Scope | None = None
+
+    def remaining(self) -> float:
+        """Return the seconds that are left for this block, at least 0."""
+        if self._loop is None:
+            return self.seconds
+        return max(0.0, self._when - self._loop.time())
+
+    async def __aenter__(self) -> Self:
+        self._begin(_nearest())
+        self._timeout = asyncio.timeout_at(self._when)
+        await self._timeout.__aenter__()
+        return self
+
+    def _begin(self, outer: Scope | None) -> None:
+        """Start the clock, and let everything inside see it."""
+        if self._loop is not None:
+            raise RuntimeError("a scope serves one `async with`; make a new one for each")
+        self._loop = asyncio.get_running_loop()
+        self._when = self._loop.time() + self.seconds
+        if outer is not None and outer._loop is self._loop:
+            self._when = min(self._when, outer._when)
+        elif outer is not None:  # another loop, in a thread: its clock may be another one too
+            self._when = self._loop.time() + min(self.seconds, outer.remaining())
+        self._outer = outer
+        self._open = True
+        _current.set(self)
+
+    async def _cut_short(self, *raised: Any) -> bool:
+        """End the block; return whether our own timer has cut it short."""
+        self._open = False
+        _current.set(self._outer)
+        try:
+            await self._timeout.__aexit__(*raised)
+        except TimeoutError:
+            self.expired = True
+        return self.expired
+
+
+class FailScope(Scope):
+    """The block of a :func:`deadline`."""
+
+    __slots__ = ()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if await self._cut_short(kind, error, traceback):
+            message = f"not done within {self.seconds:g} s"
+            raise DeadlineExceeded(message, seconds=self.seconds) from error
+
+
+class MoveOnScope(Scope):
+    """The block of a :func:`move_on_after`."""
+
+    __slots__ = ()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        return await self._cut_short(kind, error, traceback)
+
+
+_current: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("deadline", default=None)
+
+
+def _nearest() -> Scope | None:
+    """Return the innermost scope that is still open.
+
+    A task inherits the scopes in which it was created. Once such a scope has been left, it says
+    nothing about a task that goes on.
+    """
+    scope = _current.get()
+    while scope is not None and not scope._open:
+        scope = scope._outer
+    if scope is not None:  # forget closed ones, or a chain of tasks would keep them all alive
+        while scope._outer is not None and not scope._outer._open:
+            scope._outer = scope._outer._outer
+    return scope
+
+
+class Timeout:
+    """Give each call of a function a limited time.
+
+    One object may serve any number of calls at the same time. The limit of a call is a
+    :func:`deadline`: everything inside sees it, and it never outlives an outer one.
+
+    Args:
+        seconds: The time for one call.
+
+    Raises:
+        ValueError: If ``seconds`` is not above 0 or not finite.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        check_positive("seconds", seconds)
+        self.seconds = seconds
+        self._calls = 0
+        self._timed_out = 0
+
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn`` and wait for its result, no longer than the limit.
+
+        Raises:
+            DeadlineExceeded: If the time is over.
+        """
+        self._calls += 1
+        scope = FailScope(self.seconds)
+        try:
+            async with scope:
+                return await fn(*args, **kwargs)
+        finally:
+            self._timed_out += scope.expired
+
+    def __call__(
+        self, fn: Callable[P, Coroutine[Any, Any, T]]
+    ) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Wrap an ``async def`` function, so that each call of it has the limit.
+
+        Raises:
+            TypeError: If ``fn`` is not ``async``: what does not wait cannot be cut short.
+        """
+        if not inspect.iscoroutinefunction(fn):
+            raise TypeError(f"Timeout can only wrap an async function, got {fn!r}")
+
+        @functools.wraps(fn)
+        async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            return await self.call(fn, *args, **kwargs)
+
+        return wrapper
+
+    def statistics(self) -> TimeoutStatistics:
+        """Return how many calls there were, and how many ran out of time."""
+        return TimeoutStatistics(self._calls, self._timed_out)
+
+    def __repr__(self) -> str:
+        return f"Timeout({self.seconds!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class TimeoutStatistics:
+    """What a :class:`Timeout` has counted.
+
+    Attributes:
+        calls: Calls begun.
+        timed_out: Calls cut short because their time was over.
+    """
+
+    calls: int
+    timed_out: int
+
+
+class CancelOutcome(enum.Enum):
+    """How a task ended that :func:`cancel_and_wait` was to end."""
+
+    #: It accepted the cancellation.
+    CANCELLED = "cancelled"
+    #: It ended with a result or an exception, which the task still holds.
+    FINISHED = "finished"
+    #: It is still running: it ignores the cancellation, or needs longer than the grace.
+    STUCK = "stuck"
+
+
+async def cancel_and_wait(
+    task: asyncio.Task[Any], grace: float, *, reason: str | None = None
+) -> CancelOutcome:
+    """Cancel a task, wait until it has cleaned up, and tell how it ended.
+
+    ``task.cancel()`` only asks. To go on without waiting loses the clean-up, and to await the
+    task mixes up its cancellation with one's own. Here a cancellation of the caller is raised as
+    always, and no exception of the task is.
+
+    Args:
+        task: The task to end; one that has ended already is fine.
+        grace: Seconds to wait at most.
+        reason: The message of the :exc:`~asyncio.CancelledError` in the task.
+
+    Returns:
+        Whether it was cancelled, finished in another way, or is stuck.
+
+    Raises:
+        RuntimeError: If ``task`` is the caller itself.
+        ValueError: If ``grace`` is negative or not finite.
+    """
+    check_seconds("grace", grace)
+    if task is asyncio.current_task():
+        raise RuntimeError("a task cannot wait for its own end")
+    task.cancel(reason)
+    if not task.done():
+        await asyncio.wait([task], timeout=grace)
+    if not task.done():
+        return CancelOutcome.STUCK
+    if task.cancelled():
+        return CancelOutcome.CANCELLED
+    task.exception()  # retrieved, so that asyncio does not log it; the caller has the task
+    return CancelOutcome.FINISHED
+
+
+async def bounded_cleanup(cleanup: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Finish a clean-up although the task is being cancelled, in a limited time.
+
+    An ``await`` in a ``finally`` block can be cancelled like any other: the second cancellation
+    leaves the clean-up half done. Here it runs in a task of its own. A cancellation of the caller
+    is held back until the clean-up has ended, and raised then. The deadlines around do not count,
+    as they may be the reason for the clean-up.
+
+    Args:
+        cleanup: The coroutine to run to its end.
+        seconds: The time for it; then it is cancelled, and left behind if it refuses.
+
+    Returns:
+        The result of the clean-up.
+
+    Raises:
+        DeadlineExceeded: If its time is over.
+        ValueError: If ``seconds`` is not above 0 or not finite.
+
+    It is a shield with a deadline, as in Trio's ``move_on_after(seconds, shield=True)``.
+    """
+    try:
+        check_positive("seconds", seconds)
+    except (TypeError, ValueError):
+        cleanup.close()
+        raise
+    task = asyncio.create_task(_own_deadline(cleanup, seconds))
+    cancellation = await _wait_through(task, seconds)
+    in_time = task.done()
+    if not in_time:
+        task.cancel()
+        cancellation = await _wait_through(task, 0) or cancellation
+    try:
+        if cancellation is not None:
+            # It must not get lost; a failure of the clean-up comes along as its cause.
+            failed = task.done() and not task.cancelled()
+            raise cancellation from (task.exception() if failed else None)
+    finally:
+        del cancellation  # no cycle through this frame
+    if not in_time:
+        raise DeadlineExceeded(f"the clean-up took more than {seconds:g} s", seconds=seconds)
+    return task.result()
+
+
+async def _own_deadline(cleanup: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Let the clean-up see the time that it has, not the one that is over."""
+    deadline(seconds)._begin(outer=None)
+    return await cleanup
+
+
+async def _wait_through(task: asyncio.Task[Any], seconds: float) -> asyncio.CancelledError | None:
+    """Wait for ``task``; hold back a cancellation of the caller and return it."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    held = None
+    try:
+        while True:
+            try:
+                await asyncio.wait([task], timeout=max(0.0, end - loop.time()))
+            except asyncio.CancelledError as error:
+                held = error
+            else:
+                return held
+    finally:
+        del held

@@ -1,0 +1,380 @@
+"""Producer–consumer on asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from concurrency_patterns.channel import Channel, produce_consume
+from concurrency_patterns.errors import ChannelClosed, ChannelEmpty, PatternError, QueueFull
+from concurrency_patterns.testing import Deadlock, explore_cancellation, run_virtual
+
+
+async def test_items_come_out_in_order_and_the_iteration_ends_after_close():
+    """What was sent before close is received in order, then the iteration ends."""
+    channel = Channel(3)
+    for number in range(3):
+        channel.send_nowait(number)
+    channel.close()
+
+    assert [item async for item in channel] == [0, 1, 2]
+
+
+async def test_a_full_channel_makes_the_sender_wait():
+    """A send into a full channel returns when a receiver has made room."""
+    channel = Channel(1)
+    await channel.send("first")
+    sender = asyncio.create_task(channel.send("second"))
+    await asyncio.sleep(1)
+
+    assert not sender.done()
+    assert await channel.receive() == "first"
+    await sender
+    assert await channel.receive() == "second"
+
+
+async def test_an_empty_channel_makes_the_receiver_wait():
+    """A receive from an empty channel returns when something is sent."""
+    channel = Channel(1)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(1)
+
+    assert not receiver.done()
+    await channel.send("item")
+    assert await receiver == "item"
+
+
+async def test_waiting_senders_are_served_in_order():
+    """Senders that wait are served first come, first served."""
+    channel = Channel(1)
+    senders = [asyncio.create_task(channel.send(number)) for number in range(5)]
+
+    assert [await channel.receive() for _ in senders] == [0, 1, 2, 3, 4]
+    await asyncio.gather(*senders)
+
+
+async def test_waiting_receivers_are_served_in_order():
+    """Receivers that wait are served first come, first served."""
+    channel = Channel(5)
+    got = []
+
+    async def receive(name):
+        got.append((name, await channel.receive()))
+
+    receivers = [asyncio.create_task(receive(name)) for name in "abc"]
+    await asyncio.sleep(0)
+    for number in range(3):
+        await channel.send(number)
+    await asyncio.gather(*receivers)
+
+    assert got == [("a", 0), ("b", 1), ("c", 2)]
+
+
+async def test_nowait_refuses_what_would_wait():
+    """The nowait forms raise QueueFull and ChannelEmpty instead of waiting."""
+    channel = Channel(1)
+    with pytest.raises(ChannelEmpty):
+        channel.receive_nowait()
+    channel.send_nowait(1)
+    with pytest.raises(QueueFull, match="capacity 1"):
+        channel.send_nowait(2)
+
+    assert channel.receive_nowait() == 1
+
+
+async def test_receive_nowait_does_not_take_what_is_promised_to_a_waiter():
+    """An item that a waiting receiver was woken for cannot be snatched away."""
+    channel = Channel(1)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    channel.send_nowait("promised")
+
+    with pytest.raises(ChannelEmpty):
+        channel.receive_nowait()
+    assert await receiver == "promised"
+
+
+async def test_t9_close_wakes_every_waiting_receiver():
+    """T9: close wakes all receivers, not only one."""
+    channel = Channel(1)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(3)]
+    await asyncio.sleep(0)
+    channel.close()
+
+    outcomes = await asyncio.gather(*receivers, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ChannelClosed] * 3
+
+
+async def test_t9_close_wakes_every_waiting_sender_and_keeps_what_was_sent():
+    """T9: close wakes all senders; what was in the channel can still be received."""
+    channel = Channel(1)
+    await channel.send("kept")
+    senders = [asyncio.create_task(channel.send(number)) for number in range(3)]
+    await asyncio.sleep(0)
+    channel.close()
+
+    outcomes = await asyncio.gather(*senders, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ChannelClosed] * 3
+    assert [item async for item in channel] == ["kept"]
+
+
+async def test_t42_closing_twice_does_nothing():
+    """T42: the second close changes nothing, and neither does one with nobody waiting."""
+    channel = Channel(1)
+    channel.close()
+    channel.close()
+
+    assert channel.statistics().closed
+    with pytest.raises(ChannelClosed):
+        await channel.send(1)
+    with pytest.raises(ChannelClosed):
+        channel.send_nowait(1)
+    with pytest.raises(ChannelClosed):
+        await channel.receive()
+    with pytest.raises(ChannelClosed):
+        channel.receive_nowait()
+
+
+async def test_t12_an_item_that_arrives_as_the_receiver_times_out_is_not_lost():
+    """T12: the item that came in the step of the time-out stays in the channel."""
+    channel = Channel(1)
+
+    async def receive_in_time():
+        async with asyncio.timeout(1):
+            return await channel.receive()
+
+    receiver = asyncio.create_task(receive_in_time())
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_later(1, channel.send_nowait, "late")
+
+    with pytest.raises(TimeoutError):
+        await receiver
+    await asyncio.sleep(1)
+    assert channel.receive_nowait() == "late"
+
+
+async def test_statistics_tell_what_went_through():
+    """The statistics count items and waiters, and remember the peak."""
+    channel = Channel(2)
+    for number in range(2):
+        await channel.send(number)
+    waiting = asyncio.create_task(channel.send(2))
+    await asyncio.sleep(0)
+
+    seen = channel.statistics()
+    assert (seen.buffered, seen.peak, seen.sent, seen.waiting_senders) == (2, 2, 2, 1)
+    await channel.receive()
+    await waiting
+    assert channel.statistics().received == 1
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_capacity_below_one_is_refused(capacity):
+    """A channel that could hold nothing is refused when it is made."""
+    with pytest.raises(ValueError, match=f"capacity must be at least 1, got {capacity}"):
+        Channel(capacity)
+
+
+@pytest.mark.parametrize("capacity", [1.5, "2", True, None])
+def test_a_capacity_that_is_no_whole_number_is_refused(capacity):
+    """A capacity of another type is refused when the channel is made."""
+    with pytest.raises(TypeError, match="capacity must be an int"):
+        Channel(capacity)
+
+
+def test_t34_one_channel_serves_three_loops_one_after_the_other():
+    """T34: a channel made without a loop works in three successive runs."""
+    channel = Channel(1)
+
+    async def pass_through(item):
+        receiver = asyncio.create_task(channel.receive())
+        await asyncio.sleep(0)
+        await channel.send(item)
+        return await receiver
+
+    assert [run_virtual(pass_through(item)) for item in "abc"] == ["a", "b", "c"]
+
+
+def test_use_from_a_second_running_loop_is_refused():
+    """A channel that one running loop uses refuses another loop with a clear error."""
+    channel = Channel(1)
+    refused = []
+
+    async def first():
+        await channel.send(1)
+        await asyncio.to_thread(lambda: asyncio.run(second()))
+
+    async def second():
+        try:
+            await channel.receive()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    run_virtual(first())
+    assert refused == ["this Channel is in use on another event loop; make one for each loop"]
+
+
+def test_cancelled_at_any_step_an_item_is_handed_over_or_still_there():
+    """T2: whichever task is cancelled at whichever step, no item is lost or doubled."""
+
+    class Traffic:
+        def __init__(self):
+            self.channel = Channel(1)
+            self.sent = []
+            self.received = []
+
+        async def send(self, item):
+            await self.channel.send(item)
+            self.sent.append(item)
+
+        async def receive(self):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    self.received.append(await self.channel.receive())
+
+        def whole(self):
+            left = []
+            while True:
+                try:
+                    left.append(self.channel.receive_nowait())
+                except ChannelEmpty:
+                    break
+            return sorted(self.received + left) == sorted(self.sent)
+
+    async def scenario(traffic):
+        async with asyncio.TaskGroup() as group:
+            for item in range(4):
+                group.create_task(traffic.send(item))
+            for _ in range(4):
+                group.create_task(traffic.receive())
+
+    assert explore_cancellation(Traffic, scenario, Traffic.whole) > 30
+
+
+async def test_the_chapters_workload_20_items_through_3_consumers():
+    """20 items through 3 consumers: each is handled exactly once, and the program ends."""
+    handled = []
+
+    async def source():
+        for number in range(20):
+            yield number
+            await asyncio.sleep(0.1)
+
+    async def handle(item):
+        await asyncio.sleep(0.2)
+        handled.append(item)
+
+    await produce_consume(source(), handle, consumers=3, capacity=10)
+
+    assert sorted(handled) == list(range(20))
+
+
+async def test_produce_consume_reads_the_source_only_as_fast_as_it_is_handled():
+    """An endless source is read at most capacity + consumers items ahead of what is handled."""
+    read = []
+    handled = []
+
+    def source():
+        number = 0
+        while True:
+            read.append(number)
+            yield number
+            number += 1
+
+    async def handle(item):
+        handled.append(item)
+        await asyncio.sleep(1)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(4.5):
+            await produce_consume(source(), handle, consumers=2, capacity=3)
+    assert len(read) <= len(handled) + 3 + 1
+
+
+async def test_t10_a_consumers_crash_ends_the_producer_with_its_own_exception():
+    """T10: when handling fails, the producer ends too, with that exception in a group."""
+
+    async def handle(item):
+        raise OSError(item)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await produce_consume(iter(int, 1), handle, consumers=3, capacity=1)
+    assert isinstance(caught.value.exceptions[0], OSError)
+
+
+async def test_a_source_that_fails_ends_the_consumers():
+    """When the source fails, the consumers end, with that exception in a group."""
+
+    async def source():
+        yield 1
+        raise OSError("source")
+
+    async def handle(item):
+        await asyncio.sleep(3600)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await produce_consume(source(), handle, consumers=3, capacity=1)
+    assert [str(error) for error in caught.value.exceptions] == ["source"]
+
+
+async def test_an_asynchronous_source_is_closed_when_handling_fails():
+    """The source's own cleanup has run when produce_consume returns."""
+    closed = []
+
+    async def source():
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.append(True)
+
+    async def handle(item):
+        raise OSError
+
+    with pytest.raises(ExceptionGroup):
+        await produce_consume(source(), handle, consumers=1, capacity=1)
+    assert closed == [True]
+
+
+async def test_a_handler_that_raises_cancelled_error_by_itself_is_an_error():
+    """A CancelledError that nobody asked for is not taken for a silent end."""
+
+    async def handle(item):
+        raise asyncio.CancelledError
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await produce_consume(range(3), handle, consumers=1, capacity=1)
+    assert caught.group_contains(PatternError, match="by itself")
+
+
+async def test_cancelling_produce_consume_cancels_what_it_runs():
+    """A cancellation from outside ends producer and consumers and comes out as it is."""
+    started = []
+
+    async def handle(item):
+        started.append(item)
+        await asyncio.sleep(3600)
+
+    task = asyncio.create_task(produce_consume(iter(int, 1), handle, consumers=2, capacity=1))
+    await asyncio.sleep(1)
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(started) == 2
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def test_the_textbook_sentinel_hangs_and_ours_does_not():
+    """The textbook's join on a queue with a sentinel never returns."""
+
+    async def textbook():
+        queue = asyncio.Queue()
+        await queue.put(None)
+        await queue.get()
+        await queue.join()
+
+    with pytest.raises(Deadlock):
+        run_virtual(textbook())

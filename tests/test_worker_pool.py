@@ -1,0 +1,390 @@
+"""Worker pool and bounded map."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from concurrency_patterns.errors import PatternError, PoolClosed
+from concurrency_patterns.testing import explore_cancellation, run_virtual
+from concurrency_patterns.worker_pool import WorkerPool, bounded_map
+
+
+async def double(number):
+    await asyncio.sleep(0.1)
+    return 2 * number
+
+
+async def fail(number):
+    raise OSError(number)
+
+
+async def test_the_chapters_workload_20_jobs_on_4_workers():
+    """20 jobs of 0.1 s on 4 workers take 0.5 s, and each handle has its result."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    async with WorkerPool(workers=4) as pool:
+        handles = [await pool.submit(double, number) for number in range(20)]
+
+    assert [await handle for handle in handles] == [2 * number for number in range(20)]
+    assert round(loop.time() - start, 6) == 0.5
+    assert pool.statistics().succeeded == 20
+
+
+async def test_an_error_belongs_to_its_handle_and_costs_no_worker():
+    """What a task raises comes out of its handle as it is; the worker takes the next task."""
+
+    class Odd(BaseException):
+        """Not even an Exception."""
+
+    async def raise_odd():
+        raise Odd
+
+    async def cancel_itself():
+        raise asyncio.CancelledError
+
+    async with WorkerPool(workers=1) as pool:
+        failed = await pool.submit(fail, 1)
+        odd = await pool.submit(raise_odd)
+        cancelled = await pool.submit(cancel_itself)
+        good = await pool.submit(double, 21)
+
+        with pytest.raises(OSError, match="1"):
+            await failed
+        with pytest.raises(Odd):
+            await odd
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert await good == 42
+    seen = pool.statistics()
+    assert (seen.succeeded, seen.failed, seen.cancelled) == (1, 2, 1)
+
+
+async def test_submit_waits_while_the_queue_is_full():
+    """With one worker and room for one, the third submit waits for the first task to end."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    async with WorkerPool(workers=1, queue_size=1) as pool:
+        times = []
+        for number in range(4):
+            await pool.submit(double, number)
+            times.append(round(loop.time() - start, 6))
+
+    assert times == [0.0, 0.0, 0.1, 0.2]
+
+
+async def test_cancelling_a_queued_task_means_that_it_never_starts():
+    """A queued task that is cancelled does not run, and its place in the queue is free at once."""
+    started = []
+
+    async def start(number):
+        started.append(number)
+        await asyncio.sleep(1)
+
+    async with WorkerPool(workers=1, queue_size=1) as pool:
+        await pool.submit(start, 1)
+        await asyncio.sleep(0)
+        queued = await pool.submit(start, 2)
+        assert queued.cancel()
+        assert pool.statistics().queued == 0
+        await pool.submit(start, 3)
+
+    assert started == [1, 3]
+    assert pool.statistics().cancelled == 1
+
+
+async def test_cancelling_a_running_task_lets_it_clean_up_and_keeps_the_worker():
+    """A running task that is cancelled cleans up; its worker takes the next task."""
+    cleaned = []
+
+    async def work():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.1)
+            cleaned.append(True)
+
+    async with WorkerPool(workers=1) as pool:
+        handle = await pool.submit(work)
+        await asyncio.sleep(1)
+        assert handle.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await handle
+        assert cleaned == [True]
+        assert await (await pool.submit(double, 1)) == 2
+
+
+async def test_a_task_that_cancels_its_own_handle_does_not_harm_the_next_one():
+    """A cancellation that comes too late to be delivered does not reach the next task."""
+    handles = []
+
+    async def cancel_own_handle():
+        handles[0].cancel()
+        return "done"
+
+    async with WorkerPool(workers=1) as pool:
+        handles.append(await pool.submit(cancel_own_handle))
+        following = await pool.submit(double, 1)
+
+        assert await following == 2
+        assert await handles[0] == "done"
+
+
+async def test_t38_submitting_to_a_pool_that_does_not_run_is_refused():
+    """T38: before the block and after it, submit and map raise PoolClosed."""
+    pool = WorkerPool(workers=1)
+    with pytest.raises(PoolClosed):
+        await pool.submit(double, 1)
+    async with pool:
+        pass
+    with pytest.raises(PoolClosed):
+        await pool.submit(double, 1)
+    with pytest.raises(PoolClosed):
+        await anext(pool.map(double, [1]))
+
+
+async def test_leaving_the_block_normally_drains():
+    """At the end of the block all submitted tasks are done."""
+    async with WorkerPool(workers=2) as pool:
+        handles = [await pool.submit(double, number) for number in range(10)]
+
+    assert all(handle.done() for handle in handles)
+
+
+async def test_leaving_the_block_with_an_exception_cancels():
+    """An exception in the block cancels queued and running tasks, and comes out as it is."""
+    with pytest.raises(OSError, match="block"):
+        async with WorkerPool(workers=1) as pool:
+            handles = [await pool.submit(asyncio.sleep, 3600) for _ in range(3)]
+            await asyncio.sleep(1)
+            raise OSError("block")
+
+    assert all(handle.cancelled() for handle in handles)
+    assert pool.statistics().cancelled == 3
+
+
+async def test_a_submitter_that_waits_when_the_pool_closes_is_told():
+    """Whoever waits for room while the block is left gets PoolClosed, not silence."""
+    async with WorkerPool(workers=1, queue_size=1) as pool:
+        for number in range(2):
+            await pool.submit(double, number)
+        await pool.submit(double, 2)
+        waiting = asyncio.create_task(pool.submit(double, 3))
+        await asyncio.sleep(0)
+
+    with pytest.raises(PoolClosed):
+        await waiting
+
+
+async def test_t39_a_submitter_cancelled_while_it_waits_does_not_jam_the_pool():
+    """T39: the pool goes on after a submitter in line was cancelled."""
+    async with WorkerPool(workers=1, queue_size=1) as pool:
+        for number in range(2):
+            await pool.submit(double, number)
+        waiting = asyncio.create_task(pool.submit(double, 2))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        async with asyncio.timeout(1):
+            assert await (await pool.submit(double, 3)) == 6
+
+
+def test_t2_cancelled_at_any_step_the_pool_ends_and_no_task_is_forgotten():
+    """T2: whichever task is cancelled, every handle is done when the block is left."""
+
+    class Jobs:
+        def __init__(self):
+            self.handles = []
+
+        def all_done(self):
+            return all(handle.done() for handle in self.handles)
+
+    async def scenario(jobs):
+        async with WorkerPool(workers=2, queue_size=1) as pool:
+            for number in range(5):
+                jobs.handles.append(await pool.submit(double, number))
+            for handle in jobs.handles:
+                await handle
+
+    assert explore_cancellation(Jobs, scenario, Jobs.all_done) > 20
+
+
+async def test_map_yields_in_order():
+    """An ordered map yields in the order of the items, however long each takes."""
+
+    async def sleep(seconds):
+        await asyncio.sleep(seconds)
+        return seconds
+
+    async with WorkerPool(workers=3) as pool:
+        assert [done async for done in pool.map(sleep, [3, 1, 2])] == [3, 1, 2]
+        ready = [done async for done in pool.map(sleep, [3, 1, 2], ordered=False)]
+        assert ready == [1, 2, 3]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_t16_map_reads_an_endless_source_only_a_bounded_way_ahead(ordered):
+    """T16: the source is read at most twice the number of workers ahead of the results."""
+    read = []
+
+    def source():
+        for number in itertools.count():
+            read.append(number)
+            yield number
+
+    taken = 0
+    async with WorkerPool(workers=3) as pool:
+        async for _ in pool.map(double, source(), ordered=ordered):
+            taken += 1
+            await asyncio.sleep(1)
+            assert len(read) <= taken + 2 * 3
+            if taken == 5:
+                break
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_t43_a_finished_result_is_yielded_while_the_source_is_slow(ordered):
+    """T43: a slow source does not hold back results that are there."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def source():
+        for number in range(3):
+            yield number
+            await asyncio.sleep(10)
+
+    async with WorkerPool(workers=4) as pool:
+        times = [
+            round(loop.time() - start, 6) async for _ in pool.map(double, source(), ordered=ordered)
+        ]
+    assert times == [0.1, 10.1, 20.1]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_an_error_ends_the_map_and_cancels_the_rest(ordered):
+    """The first error comes out as it is, and nothing of the map runs on."""
+
+    async def sleep_or_fail(number):
+        if number == 1:
+            raise OSError(number)
+        await asyncio.sleep(3600)
+
+    async with WorkerPool(workers=3) as pool:
+        stream = pool.map(sleep_or_fail, [1, 2, 3, 4], ordered=ordered)
+        with pytest.raises(OSError, match="1"):
+            await anext(stream)
+        assert pool.statistics().busy == 0
+
+
+async def test_an_error_of_the_source_comes_after_the_results_of_what_it_gave():
+    """What the source gave before it failed is yielded; then its error comes out."""
+
+    def source():
+        yield 1
+        raise OSError("source")
+
+    got = []
+    async with WorkerPool(workers=2) as pool:
+        with pytest.raises(OSError, match="source"):
+            async for result in pool.map(double, source()):
+                got.append(result)
+    assert got == [2]
+
+
+async def test_a_pool_cannot_be_entered_twice_at_the_same_time():
+    """Entering a running pool again is refused."""
+    pool = WorkerPool(workers=1)
+    async with pool:
+        with pytest.raises(RuntimeError, match="running already"):
+            await pool.__aenter__()
+
+
+def test_t34_one_pool_serves_three_loops_one_after_the_other():
+    """T34: a pool made without a loop works in three successive runs."""
+    pool = WorkerPool(workers=2)
+
+    async def main():
+        async with pool:
+            return await (await pool.submit(double, 1))
+
+    assert [run_virtual(main()) for _ in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("arguments", [{"workers": 0}, {"workers": 1, "queue_size": 0}])
+def test_senseless_sizes_are_refused(arguments):
+    """A pool without workers or without a queue is refused when it is made."""
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        WorkerPool(**arguments)
+
+
+async def test_bounded_map_returns_all_results_in_order():
+    """The results stand in the order of the items, whichever is ready first."""
+
+    async def sleep(seconds):
+        await asyncio.sleep(seconds)
+        return seconds
+
+    assert await bounded_map(sleep, [3, 1, 2], limit=2) == [3, 1, 2]
+
+
+async def test_bounded_map_runs_at_most_limit_calls_and_tasks():
+    """Never more than the limit run at the same time, and there are no tasks for the others."""
+    running = peak = tasks = 0
+
+    async def work(number):
+        nonlocal running, peak, tasks
+        running += 1
+        peak = max(peak, running)
+        tasks = max(tasks, len(asyncio.all_tasks()))
+        await asyncio.sleep(1)
+        running -= 1
+
+    await bounded_map(work, range(100), limit=7)
+    assert peak == 7
+    assert tasks == 8
+
+
+async def test_bounded_map_reads_an_asynchronous_source():
+    """An asynchronous source works like an iterable, for several readers at once."""
+
+    async def source():
+        for number in range(5):
+            await asyncio.sleep(0.1)
+            yield number
+
+    assert await bounded_map(double, source(), limit=3) == [0, 2, 4, 6, 8]
+
+
+async def test_bounded_map_raises_the_first_error_and_cancels_the_rest():
+    """The first error comes out as it is; the other calls are cancelled before."""
+    cancelled = []
+
+    async def work(number):
+        if number == 0:
+            await asyncio.sleep(1)
+            raise OSError("first")
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cancelled.append(number)
+
+    with pytest.raises(OSError, match="first"):
+        await bounded_map(work, range(10), limit=3)
+    assert sorted(cancelled) == [1, 2]
+
+
+async def test_bounded_map_does_not_take_a_foreign_cancelled_error_for_a_result():
+    """A call that raises CancelledError by itself is an error, not a missing result."""
+
+    async def work(number):
+        raise asyncio.CancelledError
+
+    with pytest.raises(PatternError, match="by itself"):
+        await bounded_map(work, range(3), limit=2)
+
+
+async def test_bounded_map_refuses_a_limit_below_one():
+    """A limit of zero is refused at once."""
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        await bounded_map(double, [], limit=0)
