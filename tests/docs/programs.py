@@ -103,11 +103,15 @@ class Page:
     programs: list[Program] = field(default_factory=list)
     orphans: list[Block] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    faults: list[tuple[int, str]] = field(default_factory=list)
 
     def fault(self, line: int, message: str) -> None:
         """Note what is wrong on ``line``, counted from 0."""
-        self.faults.append(f"{self.path}:{line + 1}: {message}")
+        self.faults.append((line, message))
+
+    def told(self) -> str:
+        """Return what is wrong, one fault a line."""
+        return "\n".join(f"{self.path}:{line + 1}: {what}" for line, what in sorted(self.faults))
 
 
 def read_page(text: str, path: str) -> Page:

@@ -39,6 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--realtime", action="store_true", help="run every program as a script on the real clock"
     )
+    group.addoption(
+        "--doctrees", metavar="DIR", help="what Sphinx built (DIR/zh, DIR/en): check what it shows"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,7 +82,7 @@ class Proof:
         """Yield the programs of a page to Sybil; Python that would not run is an error."""
         page = read_page(document.text, str(Path(document.path).relative_to(self.root)))
         if page.faults:
-            raise pytest.Collector.CollectError("\n".join(page.faults))
+            raise pytest.Collector.CollectError(page.told())
         yield from regions(page, self.evaluate)
 
     @pytest.hookimpl(trylast=True)

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from languages import Source, read_pairs
+from steplock import Source, read_pairs
 
 ROOT = Path(__file__).parents[2]
 STAMP = re.compile(r"^translation:.*\n(?:[ \t]+.*\n)*", re.MULTILINE)

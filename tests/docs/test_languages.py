@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from languages import (
+from steplock import (
     CHECKS,
     README_CHECKS,
     Source,

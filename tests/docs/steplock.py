@@ -210,8 +210,9 @@ def staleness(zh: Source, en: Source) -> Iterator[str]:
 def descriptions(zh: Source, en: Source) -> Iterator[str]:
     """Every page has a description for search engines."""
     for source in (zh, en):
-        meta = source.front_matter.get("html_meta")
-        if not isinstance(meta, dict) or not meta.get("description"):
+        front = source.front_matter
+        meta = front.get("html_meta") or (front.get("myst") or {}).get("html_meta") or {}
+        if not meta.get("description"):
             yield f"{source.path}:1: no description: write html_meta: description: in front"
 
 
