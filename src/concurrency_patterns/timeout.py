@@ -43,10 +43,10 @@ T = TypeVar("T")
 def deadline(seconds: float) -> FailScope:
     """Fail if a block takes too long.
 
-    Use it as ``async with deadline(5):``. The clock starts when the block is entered. When the time is over, the block is cancelled at
-    the point where it waits. A deadline inside another one never ends later than the outer one.
-    A :exc:`TimeoutError` that the block raises itself passes through as it is, and a cancellation
-    from outside wins over the deadline.
+    Use it as ``async with deadline(5):``. The clock starts when the block is entered. When the
+    time is over, the block is cancelled at the point where it waits. A deadline inside another
+    one never ends later than the outer one. A :exc:`TimeoutError` that the block raises itself
+    passes through as it is, and a cancellation from outside wins over the deadline.
 
     Args:
         seconds: The time for the block; 0 lets it run to the first point where it waits.
@@ -339,7 +339,9 @@ async def bounded_cleanup(cleanup: Coroutine[Any, Any, T], seconds: float) -> T:
     except (TypeError, ValueError):
         cleanup.close()
         raise
-    task = asyncio.create_task(_own_deadline(cleanup, seconds))
+    context = contextvars.copy_context()
+    context.run(deadline(seconds)._begin, None)  # it sees the time that it has itself
+    task = asyncio.create_task(cleanup, context=context)
     cancellation = await _wait_through(task, seconds)
     in_time = task.done()
     if not in_time:
@@ -355,12 +357,6 @@ async def bounded_cleanup(cleanup: Coroutine[Any, Any, T], seconds: float) -> T:
     if not in_time:
         raise DeadlineExceeded(f"the clean-up took more than {seconds:g} s", seconds=seconds)
     return task.result()
-
-
-async def _own_deadline(cleanup: Coroutine[Any, Any, T], seconds: float) -> T:
-    """Let the clean-up see the time that it has, not the one that is over."""
-    deadline(seconds)._begin(outer=None)
-    return await cleanup
 
 
 async def _wait_through(task: asyncio.Task[Any], seconds: float) -> asyncio.CancelledError | None:
