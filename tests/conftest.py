@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
 
 import pytest
 
 from concurrency_patterns.testing import run_virtual
 
-if TYPE_CHECKING:
-    from pytest import Function
-
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: Function) -> bool | None:
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Await an ``async def`` test; leave the others to pytest."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None

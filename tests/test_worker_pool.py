@@ -13,11 +13,13 @@ from concurrency_patterns.worker_pool import WorkerPool, bounded_map
 
 
 async def double(number):
+    """Return twice the number after a tenth of a second."""
     await asyncio.sleep(0.1)
     return 2 * number
 
 
 async def fail(number):
+    """Raise an error of its own."""
     raise OSError(number)
 
 
