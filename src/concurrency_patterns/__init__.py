@@ -1,6 +1,7 @@
 """Concurrency patterns for Python that hold under cancellation, failure and load."""
 
 from .channel import Channel, produce_consume
+from .circuit_breaker import CircuitBreaker, CircuitState
 from .concurrency_limiter import ConcurrencyLimiter
 from .errors import (
     ChannelClosed,
@@ -16,27 +17,65 @@ from .errors import (
     RemoteError,
     WorkerCrashed,
 )
+from .process_pool import ProcessPool
+from .retry import (
+    DecorrelatedJitter,
+    EqualJitter,
+    Exponential,
+    Fixed,
+    FullJitter,
+    Retry,
+    RetryBudget,
+    retry_report,
+)
+from .timeout import (
+    CancelOutcome,
+    Timeout,
+    bounded_cleanup,
+    cancel_and_wait,
+    deadline,
+    move_on_after,
+    remaining,
+)
 from .token_bucket import TokenBucket
 from .worker_pool import TaskHandle, WorkerPool, bounded_map
 
 __all__ = [
+    "CancelOutcome",
     "Channel",
     "ChannelClosed",
     "ChannelEmpty",
+    "CircuitBreaker",
     "CircuitOpen",
+    "CircuitState",
     "ConcurrencyLimitExceeded",
     "ConcurrencyLimiter",
     "DeadlineExceeded",
+    "DecorrelatedJitter",
+    "EqualJitter",
+    "Exponential",
+    "Fixed",
+    "FullJitter",
     "LocalRejection",
     "PatternError",
     "PoolClosed",
+    "ProcessPool",
     "QueueFull",
     "RateLimitExceeded",
     "RemoteError",
+    "Retry",
+    "RetryBudget",
     "TaskHandle",
+    "Timeout",
     "TokenBucket",
     "WorkerCrashed",
     "WorkerPool",
+    "bounded_cleanup",
     "bounded_map",
+    "cancel_and_wait",
+    "deadline",
+    "move_on_after",
     "produce_consume",
+    "remaining",
+    "retry_report",
 ]
