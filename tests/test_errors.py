@@ -1,0 +1,100 @@
+"""The exceptions and the checks of arguments."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+
+from concurrency_patterns import errors
+from concurrency_patterns.errors import (
+    CircuitOpen,
+    ConcurrencyLimitExceeded,
+    DeadlineExceeded,
+    LocalRejection,
+    PatternError,
+    QueueFull,
+    RateLimitExceeded,
+    RemoteError,
+    WorkerCrashed,
+    check_count,
+    check_positive,
+    check_seconds,
+)
+
+
+def test_all_exceptions_form_one_tree():
+    """Whoever catches PatternError catches every exception of the package."""
+    kinds = [getattr(errors, name) for name in errors.__all__]
+
+    assert all(issubclass(kind, PatternError) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    "kind", [RateLimitExceeded, ConcurrencyLimitExceeded, QueueFull, CircuitOpen]
+)
+def test_what_was_never_sent_is_a_local_rejection(kind):
+    """What a policy refuses by itself can be told from a failure of the service."""
+    assert issubclass(kind, LocalRejection)
+    assert kind("refused").retry_after is None
+
+
+def test_a_deadline_is_a_timeout_error():
+    """Code that catches TimeoutError also catches DeadlineExceeded."""
+    assert issubclass(DeadlineExceeded, TimeoutError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CircuitOpen("open", retry_after=3.0),
+        ConcurrencyLimitExceeded("full", reason="wait"),
+        DeadlineExceeded("late", seconds=2.0),
+        WorkerCrashed("gone", exitcode=-9, item=("item",)),
+        RemoteError("far away", traceback="Traceback"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_exception_survives_the_trip_between_processes(error):
+    """Pickling keeps the message and the fields."""
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 -- made two words ago
+
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_below_the_least_is_refused(value):
+    """The message names the parameter, the bound and the value."""
+    with pytest.raises(ValueError, match=rf"^workers must be at least 1, got {value}$"):
+        check_count("workers", value)
+
+
+@pytest.mark.parametrize("value", [1.0, "1", True, None])
+def test_a_count_that_is_no_int_is_refused(value):
+    """A float, a string, a bool and None are no counts."""
+    with pytest.raises(TypeError, match=r"^workers must be an int, got "):
+        check_count("workers", value)
+
+
+@pytest.mark.parametrize("value", [0, -0.5, math.nan, math.inf, -math.inf])
+def test_what_is_not_above_zero_and_finite_is_refused(value):
+    """Zero, negative, NaN and infinite values are refused where a positive one is wanted."""
+    with pytest.raises(ValueError, match=r"^rate must be "):
+        check_positive("rate", value)
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
+def test_seconds_are_finite_and_not_negative(value):
+    """Zero seconds are fine, negative, NaN and infinite ones are not."""
+    check_seconds("delay", 0)
+    with pytest.raises(ValueError, match=r"^delay must be "):
+        check_seconds("delay", value)
+
+
+@pytest.mark.parametrize("check", [check_positive, check_seconds])
+@pytest.mark.parametrize("value", ["1", True, None])
+def test_what_is_no_number_is_refused(check, value):
+    """A string, a bool and None are no numbers."""
+    with pytest.raises(TypeError, match=r"^delay must be a number, got "):
+        check("delay", value)
