@@ -34,8 +34,8 @@ def build_pages() -> int:
     running = []
     for folder in LANGUAGES:
         arguments = command(folder)
-        print("python", shlex.join(arguments), flush=True)  # noqa: T201 -- a script
-        running.append(subprocess.Popen([sys.executable, *arguments], cwd=ROOT))  # noqa: S603
+        print("python", shlex.join(arguments), flush=True)
+        running.append(subprocess.Popen([sys.executable, *arguments], cwd=ROOT))
     return max(abs(process.wait()) for process in running)
 
 

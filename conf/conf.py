@@ -27,13 +27,13 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
+    "docstrings",  # between the two, see there
     "sphinx_autodoc_typehints",
     "sphinx_copybutton",
     "sphinx_codeautolink",
     "languages",
     "bigrams",
     "prose",
-    "docstrings",
     "picture",
     "defaults",
     "measured",
@@ -60,13 +60,16 @@ nitpick_ignore_regex = [
     ("py:.*", r"(concurrency_patterns\.\w+\.)?(\w*T|P|R|K|V|Item|Result)(\.args|\.kwargs)?"),
 ]
 
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # sphinx-autodoc-typehints writes them
 always_use_bars_union = True
-typehints_use_rtype = False
+typehints_use_rtype = True  # a line of its own: what is returned is translated, its type is not
+typehints_document_rtype_none = False
+typehints_document_overloads = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # the fields of a dataclass in one list
 
 locale_dirs = [str(HERE / "locales")]
 gettext_compact = False  # one catalog a page
@@ -76,6 +79,7 @@ html_theme = "furo"
 html_favicon = "static/favicon.svg"
 html_static_path = ["static"]
 templates_path = ["templates"]
+html_search_scorer = str(HERE / "scorer.js")
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": ""})]
 html_copy_source = False
@@ -92,7 +96,7 @@ html_sidebars = {
         "sidebar/scroll-end.html",
     ]
 }
-pygments_dark_style = "a11y-high-contrast-dark"
+pygments_dark_style = "github-dark"
 
 html_theme_options = {
     "light_css_variables": {

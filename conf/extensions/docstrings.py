@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
+from docutils import nodes
+from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
-    from docutils import nodes
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
@@ -79,9 +81,38 @@ def resolve_short_name(
     return domain.resolve_xref(env, node["refdoc"], app.builder, kind, found[0], node, content)
 
 
+def unite_yields(  # noqa: PLR0917 -- as Sphinx calls it
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Tell what a generator yields as what it returns.
+
+    sphinx-autodoc-typehints would write the type into the text of ``Yields:``, and do so with
+    another markup in each of its versions, so that no translation fits.
+    """
+    lines[:] = [re.sub(r"^:Yields:", ":returns:", line) for line in lines]
+
+
+class ChineseDash(SphinxTransform):
+    """Write "name：meaning" in a Chinese list of arguments, where Sphinx puts two hyphens."""
+
+    default_priority = 800
+
+    def apply(self, **_: Any) -> None:
+        """Replace the hyphens, if this is the Chinese site."""
+        if not self.config.language.startswith("zh"):
+            return
+        for text in list(self.document.findall(nodes.Text)):
+            if text == " -- " and isinstance(
+                text.parent.parent, nodes.field_body | nodes.list_item
+            ):
+                text.parent.replace(text, nodes.Text("："))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts."""
     app.connect("autodoc-process-docstring", check_docstrings)
     app.connect("autodoc-process-docstring", separate_comment, priority=400)  # Napoleon: 500
+    app.connect("autodoc-process-docstring", unite_yields)  # after Napoleon, before the types
+    app.add_transform(ChineseDash)
     app.connect("missing-reference", resolve_short_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

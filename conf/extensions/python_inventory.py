@@ -72,7 +72,7 @@ def role(value: object) -> str:
     """Tell under which role Python's documentation lists ``value``."""
     if inspect.isclass(value):
         return "exception" if issubclass(value, BaseException) else "class"
-    return "function" if callable(value) else "data"
+    return "function" if inspect.isroutine(value) else "data"
 
 
 def names() -> Iterator[tuple[str, str, str]]:

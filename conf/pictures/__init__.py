@@ -78,7 +78,7 @@ def steps(
     every = [point for points in series.values() for point in points]
     end, top = max(t for t, _ in every), max(v for _, v in every)
     start = min(t for t, _ in every)
-    left, right, above, below = 44, WIDTH - 12, 44 if len(series) > 1 else 26, height - 44
+    left, right, above, below = 44, WIDTH - 12, 50 if len(series) > 1 else 34, height - 44
 
     def across(t: float) -> float:
         return left + (t - start) / (end - start) * (right - left)
@@ -86,7 +86,7 @@ def steps(
     def up(v: float) -> float:
         return below - v / top * (below - above)
 
-    parts = [label(4, 16, y, "note"), label(right, height - 6, x, "note end")]
+    parts = [label(4, 14, y, "note"), label(right, height - 6, x, "note end")]
     for v in ticks(0, top, 5):
         parts.append(line([(left, up(v)), (right, up(v))], "grid"))
         parts.append(label(left - 8, up(v) + 5, number(v), "note end"))
@@ -102,8 +102,8 @@ def steps(
         parts.append(line(corners, kind))
         if len(series) > 1:
             at = left + i * (right - left) / 2
-            parts.append(line([(at, 31), (at + 26, 31)], kind))
-            parts.append(label(at + 34, 36, name, "note"))
+            parts.append(line([(at, 33), (at + 26, 33)], kind))
+            parts.append(label(at + 34, 38, name, "note"))
     return svg(height, *parts)
 
 
