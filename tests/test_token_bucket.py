@@ -77,7 +77,7 @@ async def test_a_newcomer_does_not_overtake_those_in_line():
 
 
 async def test_a_wait_that_would_take_too_long_is_refused_at_once():
-    """acquire with a timeout refuses early and tells when the tokens will be there."""
+    """An acquire with a timeout refuses early and tells when the tokens will be there."""
     bucket = TokenBucket(rate=1, capacity=1)
     await bucket.acquire()
     ahead = asyncio.create_task(bucket.acquire())
@@ -117,13 +117,13 @@ def test_a_senseless_rate_is_refused(rate):
         TokenBucket(rate=rate, capacity=1)
 
 
-@pytest.mark.parametrize("timeout", [-1, math.nan])
-async def test_a_senseless_timeout_is_refused(timeout):
+@pytest.mark.parametrize("longest", [-1, math.nan])
+async def test_a_senseless_timeout_is_refused(longest):
     """A timeout must be zero or more; a wrong one takes no token and no place in line."""
     bucket = TokenBucket(rate=1, capacity=1)
     await bucket.acquire()
     with pytest.raises(ValueError, match="timeout must be"):
-        await bucket.acquire(timeout=timeout)
+        await bucket.acquire(timeout=longest)
     assert bucket.statistics().waiting == 0
 
 

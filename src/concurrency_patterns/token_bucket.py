@@ -7,7 +7,6 @@ import functools
 import inspect
 from collections import deque
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .errors import RateLimitExceeded, check_count, check_loop, check_positive, check_seconds
@@ -21,10 +20,11 @@ __all__ = ["TokenBucket", "TokenBucketStatistics"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NANOSECONDS = 1_000_000_000
-# asyncio's timers fire up to about a millisecond late, more under load. A queue may make up for
-# that much; without it a bucket of capacity 1 would lose a part of its rate at every wake-up.
-LATENESS = 10_000_000
+# A timer may fire this much too early: it is the resolution of asyncio's clock.
+EARLY = 1e-9
+# And about a millisecond late, more under load. A queue may make up for that much; without it a
+# bucket of capacity 1 would lose a part of its rate at every wake-up.
+LATE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class TokenBucket:
     Raises:
         ValueError: If ``rate`` is not above 0 or ``capacity`` is below 1.
 
-    The algorithm is the generic cell rate algorithm (GCRA, ITU-T I.371), the form of the token
-    bucket (RFC 2697) that keeps a single number; here a whole one, so that nothing drifts.
+    The algorithm is the generic cell rate algorithm (GCRA, ITU-T I.371): the token bucket
+    (RFC 2697) told by the moment at which it will be full again.
     """
 
     def __init__(self, rate: float, capacity: int) -> None:
@@ -90,20 +90,16 @@ class TokenBucket:
             RateLimitExceeded: If the wait would be longer than ``timeout``; its ``retry_after``
                 tells after how many seconds the tokens will be there.
         """
-        now = self._now()
-        self._check(n)
-        if not self._waiters and self._level.take(n, now):
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind()
+        if n != 1:
+            self._check(n)
+        if not self._waiters and self._level.take(n, loop.time()):
             self._granted += 1
             return
         if timeout is not None:
-            check_seconds("timeout", timeout)
-            wait = self._level.wait(self._queued + n, now)
-            if wait > timeout:
-                self._rejected += 1
-                raise RateLimitExceeded(
-                    f"the tokens come in {wait:.3g} s, which is more than {timeout} s",
-                    retry_after=wait,
-                )
+            self._refuse_if_too_long(n, timeout, loop.time())
         await self._wait_in_line(n)
 
     def try_acquire(self, n: int = 1) -> bool:
@@ -118,9 +114,12 @@ class TokenBucket:
         Raises:
             ValueError: If ``n`` is below 1 or above the capacity.
         """
-        now = self._now()
-        self._check(n)
-        if self._waiters or not self._level.take(n, now):
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind()
+        if n != 1:
+            self._check(n)
+        if self._waiters or not self._level.take(n, loop.time()):
             self._rejected += 1
             return False
         self._granted += 1
@@ -165,7 +164,7 @@ class TokenBucket:
     def statistics(self) -> TokenBucketStatistics:
         """Return what the bucket holds and has done; needs a running event loop for its clock."""
         return TokenBucketStatistics(
-            tokens=self._level.tokens(self._now()),
+            tokens=self._level.tokens(self._bind().time()),
             waiting=len(self._waiters),
             granted=self._granted,
             rejected=self._rejected,
@@ -176,15 +175,26 @@ class TokenBucket:
         if n > self._capacity:
             raise ValueError(f"n must be at most the capacity of {self._capacity}, got {n}")
 
-    def _now(self) -> int:
-        """Return the loop's time in nanoseconds."""
-        loop = asyncio.get_running_loop()
+    def _refuse_if_too_long(self, n: int, timeout: float, now: float) -> None:
+        check_seconds("timeout", timeout)
+        wait = self._level.wait(self._queued + n, now)
+        if wait > timeout + EARLY:
+            self._rejected += 1
+            raise RateLimitExceeded(
+                f"the tokens come in {wait:.3g} s, which is more than {timeout} s",
+                retry_after=wait,
+            )
+
+    def _bind(self) -> asyncio.AbstractEventLoop:
+        """Return the running loop; begin anew with it if it is another one than before."""
+        loop = check_loop(self, self._loop)
         if loop is not self._loop:
-            self._loop = check_loop(self, self._loop)
+            self._loop = loop
             self._waiters.clear()  # whoever waited on a loop that is gone waits no longer
             self._queued = 0
             self._timer = None
-        return round(loop.time() * NANOSECONDS)
+            self._level.on_clock_changed(loop.time())
+        return loop
 
     async def _wait_in_line(self, n: int) -> None:
         waiter = asyncio.get_running_loop().create_future()
@@ -214,13 +224,13 @@ class TokenBucket:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = self._now()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         while self._waiters:
             waiter, n = self._waiters[0]
             if not waiter.done():
-                if not self._level.take(n, now, LATENESS):
-                    wait = self._level.wait(n, now)
-                    self._timer = asyncio.get_running_loop().call_later(wait, self._serve)
+                if not self._level.take(n, now, LATE):
+                    self._timer = loop.call_later(self._level.wait(n, now), self._serve)
                     return
                 self._granted += 1
                 waiter.set_result(None)
@@ -229,51 +239,52 @@ class TokenBucket:
 
 
 class _Level:
-    """The arithmetic of the bucket: whole numbers, no clock of its own.
+    """The arithmetic of the bucket, without a clock of its own: it is handed the time.
 
-    The state is the moment at which the bucket will be full again. Time is counted in ticks of
-    which one token takes a whole number, so that taking tokens never rounds.
+    At ``since`` the bucket was full, and ``taken`` tokens have been taken since then; so it will
+    be full again at ``since + taken / rate``. A product of a whole number does not drift, as a
+    sum of a million small steps would.
     """
 
-    def __init__(self, rate: float, capacity: int) -> None:
-        exact = Fraction(str(rate))  # 0.1 means one tenth, not the nearest binary fraction
-        self.ticks_per_nanosecond = exact.numerator
-        self.ticks_per_token = exact.denominator * NANOSECONDS
-        self.depth = capacity * self.ticks_per_token
-        self.full_at: int | None = None
+    __slots__ = ("depth", "interval", "since", "taken")
 
-    def take(self, n: int, now: int, lateness: int = 0) -> bool:
-        """Take ``n`` tokens if they are there at ``now``, or were due up to ``lateness`` ago."""
-        ticks = now * self.ticks_per_nanosecond
-        earliest = ticks - lateness * self.ticks_per_nanosecond
-        full_at = self._full_at(ticks)
-        full_at = max(full_at, earliest) + n * self.ticks_per_token
-        if full_at > ticks + self.depth:
+    def __init__(self, rate: float, capacity: int) -> None:
+        self.interval = 1 / rate  # seconds a token
+        self.depth = capacity * self.interval  # seconds to fill the empty bucket
+        self.since = 0.0
+        self.taken = 0
+
+    def take(self, n: int, now: float, late: float = 0.0) -> bool:
+        """Take ``n`` tokens if they are there at ``now``, or were due up to ``late`` ago."""
+        interval = self.interval
+        if self.since + self.taken * interval <= now - late:  # full: what overflows is lost
+            if n * interval > self.depth + late + EARLY:
+                return False
+            self.since = now - late
+            self.taken = n
+            return True
+        taken = self.taken + n
+        if self.since + taken * interval > now + self.depth + EARLY:
             return False
-        self.full_at = full_at
+        self.taken = taken
         return True
 
     def give_back(self, n: int) -> None:
         """Put back ``n`` tokens that were taken and not used."""
-        if self.full_at is not None:
-            self.full_at -= n * self.ticks_per_token
+        self.taken -= n
 
-    def wait(self, n: int, now: int) -> float:
-        """Return the seconds until ``n`` tokens more than the line ahead wants are there."""
-        ticks = now * self.ticks_per_nanosecond
-        missing = max(self._full_at(ticks), ticks) + n * self.ticks_per_token - ticks - self.depth
-        nanoseconds = -(-missing // self.ticks_per_nanosecond)  # rounded up: never too early
-        return max(0, nanoseconds) / NANOSECONDS
+    def wait(self, n: int, now: float) -> float:
+        """Return the seconds until ``n`` tokens are there."""
+        full_at = max(self.since + self.taken * self.interval, now)
+        return max(0.0, full_at + n * self.interval - self.depth - now)
 
-    def tokens(self, now: int) -> float:
+    def tokens(self, now: float) -> float:
         """Return how many tokens are there at ``now``."""
-        ticks = now * self.ticks_per_nanosecond
-        missing = max(0, self._full_at(ticks) - ticks)
-        return (self.depth - missing) / self.ticks_per_token
+        missing = max(0.0, self.since + self.taken * self.interval - now)
+        return max(0.0, round((self.depth - missing) / self.interval, 6))
 
-    def _full_at(self, ticks: int) -> int:
-        if self.full_at is None:
-            return ticks
-        # After a step back of the clock the bucket is empty at worst: it cannot be stuck.
-        self.full_at = min(self.full_at, ticks + self.depth)
-        return self.full_at
+    def on_clock_changed(self, now: float) -> None:
+        """Begin on another clock: the bucket is empty at worst, so that it cannot be stuck."""
+        if self.since + self.taken * self.interval > now + self.depth:
+            self.since = now
+            self.taken = round(self.depth / self.interval)
