@@ -121,7 +121,7 @@ def test_inside_virtual_time_asyncio_run_has_a_virtual_clock():
 
 
 def test_the_explorer_passes_what_is_right():
-    """asyncio's own lock is whole at every step; the explorer tells how many runs it made."""
+    """The lock of asyncio is whole at every step; the explorer tells how many runs it made."""
 
     async def scenario(lock):
         async def use():
@@ -191,7 +191,7 @@ def test_the_explorer_finds_a_scenario_that_hangs_after_a_cancellation():
 
         await asyncio.wait([asyncio.create_task(use()) for _ in range(2)])
 
-    with pytest.raises(CancellationFault, match="wait for ever|still running"):
+    with pytest.raises(CancellationFault, match=r"wait for ever|still running"):
         explore_cancellation(asyncio.Lock, scenario, lambda _: True)
 
 
