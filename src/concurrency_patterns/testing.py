@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import selectors
 import threading
+from collections import deque
 from concurrent.futures import thread as executor_threads
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -48,9 +49,9 @@ class _JumpingSelector(selectors.DefaultSelector):
     loop: VirtualTimeLoop
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        self.loop.begin_step()
+        more = self.loop.begin_step()
         ready = super().select(0)
-        if ready or (timeout is not None and timeout <= 0):
+        if ready or more or (timeout is not None and timeout <= 0):
             return ready
         if self.loop.has_real_work():
             return self._wait_in_real_time(timeout)
@@ -82,6 +83,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self.now = START
         self.on_step: Callable[[], None] | None = None
+        self._held: deque[asyncio.Handle] = deque()
         self._calls_out = 0
         self._threads_before = set(threading.enumerate())
         selector = _JumpingSelector()
@@ -97,10 +99,24 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         # Rounding keeps 0.1 + 0.1 + 0.1 at 0.3; a nanosecond is the clock's resolution anyway.
         self.now = max(self.now, round(self._scheduled[0].when(), 9))  # type: ignore[attr-defined]
 
-    def begin_step(self) -> None:
-        """Tell the listener, if there is one, that the loop begins its next step."""
+    def begin_step(self) -> bool:
+        """Tell the listener, if there is one, that a step begins, and run one callback in it.
+
+        Without a listener a step runs all callbacks that are ready, as in any event loop.
+
+        Returns:
+            Whether there is something to run in this step.
+        """
+        if self.on_step is None and not self._held:
+            return False
+        ready = self._ready  # type: ignore[attr-defined]
+        ready.extendleft(reversed(self._held))
+        self._held.clear()
         if self.on_step is not None:
             self.on_step()
+            while len(ready) > 1:
+                self._held.appendleft(ready.pop())
+        return bool(ready)
 
     def has_real_work(self) -> bool:
         """Tell whether something outside of the loop could still wake it."""
@@ -165,7 +181,8 @@ def explore_cancellation(
     """Cancel each task of a scenario at each step of the event loop, and check what is left.
 
     Cancellation bugs hide in a single step: between the moment a permit is handed to a waiter
-    and the moment the waiter wakes. Real tests meet that step by luck; this one visits them all.
+    and the moment the waiter wakes. Real tests meet that step by luck; this one visits them all:
+    the event loop runs one callback at a time, and the task is cancelled between two of them.
     After each run the invariant is checked, and no task may be left running.
 
     Args:
