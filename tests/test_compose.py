@@ -1,0 +1,311 @@
+"""Several policies act as one, and a harmful order is warned of."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from concurrency_patterns.circuit_breaker import CircuitBreaker, CircuitState
+from concurrency_patterns.compose import Composition, OrderWarning, compose
+from concurrency_patterns.concurrency_limiter import ConcurrencyLimiter
+from concurrency_patterns.errors import (
+    CircuitOpen,
+    ConcurrencyLimitExceeded,
+    DeadlineExceeded,
+)
+from concurrency_patterns.fallback import Fallback, constant
+from concurrency_patterns.retry import Fixed, Retry
+from concurrency_patterns.testing import explore_cancellation, run_virtual
+from concurrency_patterns.timeout import Timeout
+from concurrency_patterns.token_bucket import TokenBucket
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+class Noted:
+    """A policy that notes when it is entered and left."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    async def call(self, fn: Callable[..., Awaitable[Any]], /, *args: Any, **kwargs: Any) -> Any:
+        """Call and note."""
+        self.log.append(f"{self.name} in")
+        try:
+            return await fn(*args, **kwargs)
+        finally:
+            self.log.append(f"{self.name} out")
+
+
+class Service:
+    """A service that fails so many times and then works."""
+
+    def __init__(self, failures: int = 0, takes: float = 0.0) -> None:
+        self.failures, self.takes = failures, takes
+        self.called = 0
+
+    async def __call__(self, *args: object) -> object:
+        """Answer or fail."""
+        self.called += 1
+        if self.takes:
+            await asyncio.sleep(self.takes)
+        if self.called <= self.failures:
+            raise ConnectionError("down")
+        return args
+
+
+def retry(attempts: int = 3) -> Retry:
+    """Retry connection errors after half a second."""
+    return Retry(on=ConnectionError, attempts=attempts, backoff=Fixed(0.5))
+
+
+async def test_the_first_policy_is_the_outermost() -> None:
+    """The policies are entered from the first to the last, and left in reverse."""
+    log: list[str] = []
+    await compose(Noted("a", log), Noted("b", log), Noted("c", log)).call(Service())
+    assert log == ["a in", "b in", "c in", "c out", "b out", "a out"]
+
+
+async def test_arguments_and_result_pass_through() -> None:
+    """Whatever the function takes, even an argument named ``fn``, arrives."""
+    log: list[str] = []
+
+    async def echo(*args: object, **kwargs: object) -> object:
+        return args, kwargs
+
+    result = await compose(Noted("a", log), retry()).call(echo, 1, fn=2, self=3)
+    assert result == ((1,), {"fn": 2, "self": 3})
+
+
+async def test_decorates_async_def() -> None:
+    """The decorated function keeps its name, and each call goes through all the policies."""
+    log: list[str] = []
+
+    @compose(Noted("a", log), Noted("b", log))
+    async def fetch(key: str) -> str:
+        return key
+
+    assert fetch.__name__ == "fetch"
+    assert [await fetch("x"), await fetch("y")] == ["x", "y"]
+    assert Counter(log) == {"a in": 2, "b in": 2, "b out": 2, "a out": 2}
+
+
+async def test_a_composition_may_be_part_of_another() -> None:
+    """Nested compositions are one flat list of policies."""
+    log: list[str] = []
+    inner = compose(Noted("b", log), Noted("c", log))
+    whole = compose(Noted("a", log), inner, Noted("d", log))
+    await whole.call(Service())
+    assert log[:4] == ["a in", "b in", "c in", "d in"]
+    assert len(whole.policies) == 4
+
+
+async def test_the_default_order_gives_an_answer_whatever_happens() -> None:
+    """All six policies in their order: it retries, and degrades when the circuit is open."""
+    breaker = CircuitBreaker(failures=3)
+    pipeline = compose(
+        Fallback(constant("cached")),
+        Timeout(10),
+        retry(),
+        breaker,
+        ConcurrencyLimiter(2),
+        TokenBucket(rate=100, capacity=100),
+        Timeout(1),
+    )
+    assert await pipeline.call(Service(failures=2), "answer") == ("answer",)
+    assert await pipeline.call(Service(failures=9)) == "cached"
+    assert breaker.state is CircuitState.OPEN
+    untouched = Service()
+    assert await pipeline.call(untouched) == "cached"
+    assert untouched.called == 0
+
+
+async def test_an_open_circuit_is_not_waited_out() -> None:
+    """T31: retry around an open breaker returns at once."""
+    breaker = CircuitBreaker()
+    breaker.isolate()
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    for policy in (retry(), Retry(on=Exception, attempts=5)):
+        with pytest.raises(CircuitOpen):
+            await compose(policy, breaker).call(Service())
+    breaker = CircuitBreaker(failures=1)
+    with pytest.raises(ConnectionError):
+        await breaker.call(Service(failures=1))
+    with pytest.raises(CircuitOpen):
+        await compose(Retry(on=Exception, attempts=5), breaker).call(Service())
+    assert loop.time() == start
+
+
+async def test_a_full_limiter_does_not_open_the_circuit() -> None:
+    """T30: what the limiter inside refuses is no failure of the service."""
+    breaker, limiter = CircuitBreaker(failures=1), ConcurrencyLimiter(1, max_queue=0)
+    pipeline = compose(breaker, limiter)
+    results = await asyncio.gather(
+        *(pipeline.call(Service(takes=1)) for _ in range(5)), return_exceptions=True
+    )
+    assert sum(isinstance(result, ConcurrencyLimitExceeded) for result in results) == 4
+    assert breaker.state is CircuitState.CLOSED
+
+
+async def test_the_call_whose_retries_open_the_circuit_raises_the_services_error() -> None:
+    """T23: the last attempt that reached the service tells what happened."""
+    pipeline = compose(retry(attempts=3), CircuitBreaker(failures=3))
+    with pytest.raises(ConnectionError):
+        await pipeline.call(Service(failures=9))
+
+
+async def test_a_service_that_hangs_opens_the_circuit_by_the_inner_timeout_only() -> None:
+    """The timeout inside the breaker counts; one outside cancels, which says nothing."""
+    inside, outside = CircuitBreaker(failures=2), CircuitBreaker(failures=2)
+    for pipeline in (compose(inside, Timeout(1)), compose(Timeout(1), outside)):
+        for _ in range(2):
+            with pytest.raises(DeadlineExceeded):
+                await pipeline.call(Service(takes=60))
+    assert (inside.state, outside.state) == (CircuitState.OPEN, CircuitState.CLOSED)
+
+
+async def most_starts_in_a_second(pipeline: Composition) -> int:
+    """Send 50 calls to a service that stalls for 2 s, and count what starts in any second."""
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    starts = []
+
+    async def service() -> None:
+        starts.append(loop.time())
+        await asyncio.sleep(2.0 if loop.time() - begin < 1.9 else 0.01)
+
+    await asyncio.gather(*(pipeline.call(service) for _ in range(50)))
+    return max(sum(t <= other < t + 1 for other in starts) for t in starts)
+
+
+async def test_slot_first_then_token_keeps_the_rate_after_a_stall() -> None:
+    """T32: at most ``capacity + rate`` calls start in any second."""
+    limiter, bucket = ConcurrencyLimiter(5), TokenBucket(rate=10, capacity=1)
+    assert await most_starts_in_a_second(compose(limiter, bucket)) <= 11
+
+
+async def test_token_first_then_slot_breaks_the_rate_after_a_stall() -> None:
+    """T32: the warning is right: the other order starts far more calls in a second."""
+    limiter, bucket = ConcurrencyLimiter(5), TokenBucket(rate=10, capacity=1)
+    with pytest.warns(OrderWarning, match="put the concurrency limiter outside"):
+        pipeline = compose(bucket, limiter)
+    assert await most_starts_in_a_second(pipeline) > 20
+
+
+@pytest.mark.parametrize(
+    ("policies", "cure"),
+    [
+        ((retry(), retry()), "keep one of them"),
+        ((retry(), Timeout(1), retry()), "keep one of them"),
+        ((retry(), Fallback(constant(0))), "put the fallback outside"),
+        ((compose(retry()), Fallback(constant(0))), "put the fallback outside"),
+        ((TokenBucket(1, 1), ConcurrencyLimiter(1)), "put the concurrency limiter outside"),
+    ],
+)
+def test_a_harmful_order_is_warned_of_with_its_cure(policies: Any, cure: str) -> None:
+    """The warning names both policies, the harm and the cure, and points at the caller's line."""
+    with pytest.warns(OrderWarning, match=cure) as caught:
+        compose(*policies)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_good_order_is_not_warned_of() -> None:
+    """The default order is silent, and so is the same kind twice where it makes sense."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline = compose(
+            Fallback(constant(0)),
+            Timeout(9),
+            retry(),
+            CircuitBreaker(),
+            ConcurrencyLimiter(1),
+            TokenBucket(1, 1),
+            Timeout(1),
+        )
+    assert len(pipeline.policies) == 7
+
+
+def test_describes_itself() -> None:
+    """``describe`` gives one line a policy; the repr is the expression that made it."""
+    log: list[str] = []
+    pipeline = compose(Fallback(constant(0)), compose(CircuitBreaker()), Noted("a", log))
+    assert pipeline.describe() == [
+        "Fallback(constant)",
+        "CircuitBreaker(failures=5, open_for=30.0, probes=3)",
+        "Noted",
+    ]
+    assert repr(pipeline) == f"compose({', '.join(pipeline.describe())})"
+
+
+async def test_statistics_come_from_each_policy() -> None:
+    """The statistics stand in the order of the policies."""
+    breaker = CircuitBreaker()
+    pipeline = compose(Noted("a", []), breaker)
+    await pipeline.call(Service())
+    assert pipeline.statistics().policies == (None, breaker.statistics())
+
+
+class OnlyAContext:
+    """Not a policy."""
+
+    async def __aenter__(self) -> None:
+        """Enter."""
+
+    async def __aexit__(self, *_: object) -> None:
+        """Leave."""
+
+
+class PlainCall:
+    """Has a ``call`` that is not asynchronous."""
+
+    def call(self, fn: object) -> object:
+        """Return the function."""
+        return fn
+
+
+@pytest.mark.parametrize("bad", [OnlyAContext(), PlainCall(), CircuitBreaker, None, lambda fn: fn])
+def test_what_is_no_policy_is_refused(bad: Any) -> None:
+    """An object without ``async def call`` is named with its place."""
+    with pytest.raises(TypeError, match=r"policies\[1\] must be an object with"):
+        compose(CircuitBreaker(), bad)
+
+
+def test_bad_arguments_are_refused() -> None:
+    """There must be a policy, and something asynchronous to decorate."""
+    with pytest.raises(ValueError, match="policies must not be empty"):
+        compose()
+    with pytest.raises(TypeError, match="fn must be an async function"):
+        compose(retry())(lambda: None)
+
+
+def test_used_on_three_loops() -> None:
+    """T34: one composition serves three event loops, one after the other."""
+    pipeline = compose(retry(), CircuitBreaker(), ConcurrencyLimiter(1), TokenBucket(1, 1))
+    assert [run_virtual(pipeline.call(Service(), "x")) for _ in range(3)] == [("x",)] * 3
+
+
+def test_no_cancellation_loses_a_slot_or_a_place() -> None:
+    """T2: at whichever step one of the calls is cancelled, all slots and places come back."""
+    limiter = ConcurrencyLimiter(1)
+    breakers: list[CircuitBreaker] = []
+
+    def make() -> Composition:
+        breakers.append(CircuitBreaker(failures=1, open_for=1, probes=1))
+        return compose(Timeout(60), retry(), breakers[-1], limiter, TokenBucket(10, 1), Timeout(5))
+
+    async def scenario(pipeline: Composition) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2):
+                group.create_task(pipeline.call(Service(takes=1)))
+
+    async def is_whole(pipeline: Composition) -> bool:
+        await pipeline.call(Service())
+        return limiter.statistics().in_use == 0 and breakers[-1].statistics().probes_out == 0
+
+    assert explore_cancellation(make, scenario, is_whole) > 10
