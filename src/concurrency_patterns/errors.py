@@ -99,7 +99,7 @@ class WorkerCrashed(PatternError):  # noqa: N818 -- says what happened
     Args:
         message: What happened.
         exitcode: The exit code of the process; ``-n`` if signal ``n`` killed it.
-        item: The arguments of the call that was lost.
+        item: The item of ``map`` that was lost, or the arguments that were given to ``submit``.
     """
 
     def __init__(

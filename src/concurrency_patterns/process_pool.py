@@ -19,7 +19,7 @@ from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
-from .errors import RemoteError, WorkerCrashed, check_count, check_loop
+from .errors import PoolClosed, RemoteError, WorkerCrashed, check_count, check_loop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
@@ -113,8 +113,8 @@ class ProcessPool:
 
     async def __aenter__(self) -> Self:
         self._loop = check_loop(self, self._loop)
-        if self._keepers:
-            raise RuntimeError("this ProcessPool is already in use")
+        if self._open or self._keepers:
+            raise RuntimeError("this ProcessPool is running already")
         self._open = True
         self._hire()
         return self
@@ -131,7 +131,7 @@ class ProcessPool:
             for keeper in self._keepers:
                 keeper.cancel()
             if self._keepers:
-                await asyncio.wait(self._keepers)
+                await asyncio.wait(set(self._keepers))
 
     async def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function in a worker process and wait for what it returns.
@@ -153,7 +153,7 @@ class ProcessPool:
                 processes. Any other exception comes as it was raised, with the traceback of the
                 worker as a note.
             TypeError: If the arguments cannot be pickled, or ``fn`` is ``async``.
-            RuntimeError: If the pool is not open.
+            PoolClosed: If the pool is not open.
         """
         return await self._enqueue(fn, args, kwargs, item=args)
 
@@ -267,7 +267,7 @@ class ProcessPool:
         self, fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any], item: object
     ) -> asyncio.Future[R]:
         if not self._open:
-            raise RuntimeError("this ProcessPool is not open: submit inside of `async with`")
+            raise PoolClosed("submit and map need a pool that runs: use it inside of `async with`")
         loop = check_loop(self, self._loop)
         if not callable(fn) or inspect.iscoroutinefunction(fn):
             raise TypeError(f"fn must be a plain function, got {fn!r}")
@@ -326,7 +326,8 @@ class ProcessPool:
                 self._on_exit(worker, exitcode)
                 self._restarts += self._open or bool(self._waiting)
             elif not self._on_failed_start(exitcode, cause):
-                return  # the next submission tries again
+                self._keepers.discard(worker.keeper)  # the next submission hires another one
+                return
 
     def _forget(self, worker: _Worker) -> None:
         self._ready.discard(worker)
@@ -383,7 +384,7 @@ class ProcessPool:
         self._waiting.clear()
         for future in list(self._unsettled):
             if not future.done():
-                future.set_exception(RuntimeError("the ProcessPool was left before this was done"))
+                future.set_exception(PoolClosed("the pool was left before this was done"))
 
 
 @dataclass(eq=False, slots=True)
@@ -414,7 +415,7 @@ class _Worker(asyncio.Protocol):
 
     def __init__(self, on_message: Callable[[_Worker, bytes, bytes], None]) -> None:
         self.job: _Job | None = None
-        self.keeper = asyncio.current_task()
+        self.keeper: Any = asyncio.current_task()
         self._on_message = on_message
         self._buffer = bytearray()
         self._gone = asyncio.get_running_loop().create_future()

@@ -1,0 +1,144 @@
+"""What the workers of test_process_pool run.
+
+A new process imports this module by its name, so it must be light: pytest alone takes longer to
+import than most of these tests take to run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+
+def double(number):
+    """Return twice the number."""
+    return 2 * number
+
+
+def pid_and(item):
+    """Return the worker and the item."""
+    return os.getpid(), item
+
+
+def slow_first(number):
+    """Return the number; the first one takes longer."""
+    time.sleep(0.2 if number == 0 else 0)
+    return number
+
+
+def nap(seconds):
+    """Sleep and return."""
+    time.sleep(seconds)
+    return seconds
+
+
+def double_or_die(number):
+    """Return twice the number, but die on 5."""
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * number
+
+
+def die_once(path):
+    """Die at the first call, return at the second."""
+    try:
+        with open(path, "x"):  # noqa: PTH123 -- atomic
+            pass
+    except FileExistsError:
+        return "second delivery"
+    os._exit(9)
+
+
+def note_and_die(path):
+    """Write a line, then die."""
+    with open(path, "a") as file:  # noqa: PTH123
+        file.write("called\n")
+    os._exit(9)
+
+
+def interrupt():
+    """Do what Ctrl-C does."""
+    raise KeyboardInterrupt("stop")
+
+
+def stop_iteration():
+    """Raise what a future refuses."""
+    return next(iter(()))
+
+
+def make_lock(_=None):
+    """Return what cannot be pickled."""
+    return threading.Lock()
+
+
+def fail(text):
+    """Raise a plain error."""
+    raise LookupError(text)
+
+
+class TwoArgumentsError(Exception):
+    """Cannot be unpickled: its arguments are not those of ``__init__``."""
+
+    def __init__(self, code, detail):
+        super().__init__(f"{code}: {detail}")
+
+
+class HoldsALockError(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+def raise_two_arguments():
+    """Raise what cannot be unpickled."""
+    raise TwoArgumentsError(7, "seven")
+
+
+def raise_lock():
+    """Raise what cannot be pickled."""
+    raise HoldsALockError("locked")
+
+
+class Brittle:
+    """Can be pickled, but unpickled only in a process that allows it."""
+
+    def __reduce__(self):
+        return unpickle_brittle, (os.getpid(),)
+
+
+def unpickle_brittle(pid):
+    """Fail in any other process."""
+    if pid != os.getpid():
+        raise ValueError("brittle")
+    return Brittle()
+
+
+def make_brittle(_=None):
+    """Return what the parent cannot unpickle."""
+    return Brittle()
+
+
+def blob(size):
+    """Return many bytes."""
+    return b"x" * size
+
+
+def size_of(data):
+    """Return how many bytes there are."""
+    return len(data)
+
+
+def fork_and_die():
+    """Die, but leave a child behind that lives on."""
+    if os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+    os._exit(4)
+
+
+async def coroutine_function():
+    """Do not belong here."""
