@@ -1,0 +1,864 @@
+"""Try again what failed by bad luck, without making things worse.
+
+:class:`Retry` says which failures are worth another attempt, how many there are, and how long all
+of it may take. A backoff (:class:`FullJitter` and the others) says how long to wait in between. A
+:class:`RetryBudget`, shared by all callers, keeps retries from multiplying an outage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import functools
+import inspect
+import itertools
+import math
+import random
+import threading
+import time
+from collections import deque
+from dataclasses import KW_ONLY, dataclass, field
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+
+from .errors import DeadlineExceeded, LocalRejection, check_count, check_positive, check_seconds
+from .timeout import FailScope, deadline, remaining
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from types import TracebackType
+    from typing import TypeAlias
+
+    Condition: TypeAlias = (
+        type[BaseException] | tuple[type[BaseException], ...] | Callable[[Exception], bool]
+    )
+
+__all__ = [
+    "Attempt",
+    "DecorrelatedJitter",
+    "EqualJitter",
+    "Exponential",
+    "FailedAttempt",
+    "Fixed",
+    "FullJitter",
+    "GaveUp",
+    "Retry",
+    "RetryBudget",
+    "RetryBudgetStatistics",
+    "RetryReport",
+    "RetryStatistics",
+    "retry_report",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Wait the same time before each attempt.
+
+    Args:
+        delay: The wait in seconds.
+    """
+
+    delay: float
+
+    def __post_init__(self) -> None:
+        check_seconds("delay", self.delay)
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.repeat(self.delay)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """Wait longer after each failure: ``base``, ``base * factor``, ``base * factor ** 2`` ...
+
+    All clients that failed together come back together; prefer one with jitter.
+
+    Args:
+        base: The first wait in seconds.
+        factor: By how much each wait is longer than the one before, at least 1.
+        cap: No wait is longer than this, in seconds.
+    """
+
+    base: float = 0.1
+    factor: float = 2.0
+    cap: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_positive("base", self.base)
+        check_positive("factor", self.factor)
+        check_positive("cap", self.cap)
+        if self.factor < 1:
+            raise ValueError(f"factor must be at least 1, got {self.factor!r}")
+
+    def __iter__(self) -> Iterator[float]:
+        delay = min(self.base, self.cap)
+        while True:
+            yield delay
+            delay = min(delay * self.factor, self.cap)  # capped at each step: no overflow
+
+
+@dataclass(frozen=True)
+class FullJitter(Exponential):
+    """Wait a random time between 0 and the exponential wait.
+
+    It spreads the clients the widest, and is the default. The name and the comparison of the
+    kinds are M. Brooker's, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
+
+    Args:
+        base: The upper limit of the first wait, in seconds.
+        factor: By how much each upper limit is higher than the one before, at least 1.
+        cap: No wait is longer than this, in seconds.
+        rng: The source of randomness; pass ``random.Random(seed)`` to repeat a run exactly.
+    """
+
+    _: KW_ONLY
+    rng: random.Random | None = field(default=None, repr=False, compare=False)
+
+    def __iter__(self) -> Iterator[float]:
+        return map(functools.partial(_uniform(self.rng), 0.0), super().__iter__())
+
+
+@dataclass(frozen=True)
+class EqualJitter(FullJitter):
+    """Wait half of the exponential wait, and a random time up to the other half.
+
+    For those who need some pause before each attempt. Named as in Brooker 2015.
+
+    Args:
+        base: The upper limit of the first wait, in seconds.
+        factor: By how much each upper limit is higher than the one before, at least 1.
+        cap: No wait is longer than this, in seconds.
+        rng: The source of randomness; pass ``random.Random(seed)`` to repeat a run exactly.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        uniform = _uniform(self.rng)
+        return (uniform(delay / 2, delay) for delay in Exponential.__iter__(self))
+
+
+@dataclass(frozen=True)
+class DecorrelatedJitter(FullJitter):
+    """Wait a random time between ``base`` and ``factor`` times the last wait.
+
+    Each call has a last wait of its own. Named as in Brooker 2015, where ``factor`` is 3.
+
+    Args:
+        base: The lower limit of each wait, in seconds.
+        factor: The upper limit is so many times the last wait, at least 1.
+        cap: No wait is longer than this, in seconds.
+        rng: The source of randomness; pass ``random.Random(seed)`` to repeat a run exactly.
+    """
+
+    factor: float = 3.0
+
+    def __iter__(self) -> Iterator[float]:
+        uniform = _uniform(self.rng)
+        delay = self.base
+        while True:
+            delay = min(self.cap, uniform(self.base, delay * self.factor))
+            yield delay
+
+
+def _uniform(rng: random.Random | None) -> Callable[[float, float], float]:
+    return random.uniform if rng is None else rng.uniform
+
+
+class GaveUp(enum.Enum):
+    """Why a call was not tried once more."""
+
+    #: All attempts were used.
+    ATTEMPTS = "attempts"
+    #: ``max_elapsed`` is over, or the next attempt would begin after it.
+    ELAPSED = "elapsed"
+    #: The next attempt would begin after the deadline around the call.
+    DEADLINE = "deadline"
+    #: The error is not one to retry.
+    ERROR = "error"
+    #: A policy of ours refused the call, and there is no use in waiting for it.
+    REJECTED = "rejected"
+    #: The retry budget is empty.
+    BUDGET = "budget"
+    #: The task is being cancelled.
+    CANCELLED = "cancelled"
+
+
+class Retry:
+    """Call again what failed, as often and as long as makes sense.
+
+    One object may serve any number of calls, tasks and threads; each call keeps its own state.
+    It is used as ``await retry.call(fn, ...)``, as ``@retry`` on ``async def`` and on ``def``, or
+    as a block: ``async for attempt in retry:`` with ``async with attempt:`` inside.
+
+    Only an :exc:`Exception` is ever retried, so never :exc:`~asyncio.CancelledError`,
+    :exc:`KeyboardInterrupt`, :exc:`SystemExit` or :exc:`GeneratorExit`, whatever ``on`` says. An
+    exception group counts as a failure to retry when all its leaves do. A
+    :class:`~concurrency_patterns.errors.LocalRejection` (an open circuit breaker, an empty token
+    bucket) is retried only if ``on`` names it and it knows when to come back (``retry_after``), at
+    a time within ``max_elapsed`` or the :func:`~concurrency_patterns.timeout.deadline` around the
+    call; with neither of them it is raised at once.
+
+    When it gives up, it raises the last exception as it is, with a note that tells the attempts,
+    the time and the reason; :func:`retry_report` gives the history.
+
+    Args:
+        on: What to retry: an exception class, a tuple of them, or a function that is given the
+            exception. There is no default, as to retry everything is to retry bugs.
+        attempts: How many calls there are at most, the first one included.
+        backoff: The waits in seconds; anything that can be iterated anew for each call. When it
+            ends, its last wait is used again.
+        never: What not to retry although ``on`` matches it; given as ``on`` is.
+        on_result: Tells whether a result is as bad as a failure. After the last attempt it is
+            returned nevertheless.
+        max_elapsed: Seconds for all attempts and waits together. No attempt begins after them,
+            and one that is still running then is cancelled (a plain ``def`` cannot be).
+        attempt_timeout: Seconds for each attempt. One that takes longer is cancelled and counts
+            as a failure to retry. Not for a plain ``def``.
+        max_retry_after: If the error has a ``retry_after`` (seconds, as of the header of
+            RFC 9110, section 10.2.3), the wait is at least that long, but not longer than this.
+        budget: A budget shared with other callers.
+
+    Raises:
+        ValueError: If a number is out of its range.
+        TypeError: If ``on`` or ``never`` is no exception class and no function.
+    """
+
+    def __init__(
+        self,
+        *,
+        on: Condition,
+        attempts: int = 3,
+        backoff: Iterable[float] = FullJitter(),
+        never: Condition = (),
+        on_result: Callable[[Any], bool] | None = None,
+        max_elapsed: float | None = None,
+        attempt_timeout: float | None = None,
+        max_retry_after: float = 60.0,
+        budget: RetryBudget | None = None,
+    ) -> None:
+        check_count("attempts", attempts)
+        if max_elapsed is not None:
+            check_positive("max_elapsed", max_elapsed)
+        if attempt_timeout is not None:
+            check_positive("attempt_timeout", attempt_timeout)
+        check_seconds("max_retry_after", max_retry_after)
+        _check_backoff(backoff)
+        self.on = on
+        self.attempts = attempts
+        self.backoff = backoff
+        self.never = never
+        self.on_result = on_result
+        self.max_elapsed = max_elapsed
+        self.attempt_timeout = attempt_timeout
+        self.max_retry_after = max_retry_after
+        self.budget = budget
+        self._matches_on = _predicate("on", on)
+        self._matches_never = _predicate("never", never)
+        self._timed = max_elapsed is not None or attempt_timeout is not None
+        self._plain = not self._timed and on_result is None and budget is None
+        self._calls = 0
+        self._retries = 0
+        self._recovered = 0
+        self._gave_up = 0
+        self._out_of_budget = 0
+
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn`` until it succeeds or there is a reason to give up.
+
+        Raises:
+            Exception: The last exception of ``fn``.
+            DeadlineExceeded: If the last attempt was cut short.
+        """
+        run = self._begin(asyncio.get_running_loop().time())
+        try:
+            return await self._go_on(run, None, fn, args, kwargs)
+        finally:
+            del run  # this frame stays in the tracebacks that the run holds: no cycle
+
+    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
+        """Wrap a function, ``async`` or not, so that each call of it is retried.
+
+        A plain ``def`` waits with :func:`time.sleep`: call it in a thread, not in the event loop.
+
+        Raises:
+            TypeError: If ``fn`` is a generator function, or a plain one with ``attempt_timeout``.
+        """
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(f"a generator cannot be retried, as its items are out: {fn!r}")
+        if inspect.iscoroutinefunction(fn):
+            return self._wrap_async(fn)  # type: ignore[return-value]  # as async as fn is
+        if self.attempt_timeout is not None:
+            raise TypeError(f"attempt_timeout cannot cut a plain function short: {fn!r}")
+        return self._wrap_sync(fn)
+
+    def _wrap_async(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+        if not self._plain:
+
+            @functools.wraps(fn)
+            async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+                return await self.call(fn, *args, **kwargs)
+
+            return wrapper
+
+        @functools.wraps(fn)
+        async def fast_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            self._calls += 1
+            clock = asyncio.get_running_loop().time
+            start = clock()
+            try:
+                return await fn(*args, **kwargs)  # most succeed at once: nothing is made for them
+            except Exception as error:
+                run = _Run(self, start)
+                wait = run.after_error(error, clock())
+                if wait is None:
+                    raise
+            try:
+                return await self._go_on(run, wait, fn, args, kwargs)
+            finally:
+                del run
+
+        return fast_wrapper
+
+    def _wrap_sync(self, fn: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(fn)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            run = self._begin(time.monotonic())
+            try:
+                return self._go_on_sync(run, None, fn, args, kwargs)
+            finally:
+                del run
+
+        @functools.wraps(fn)
+        def fast_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            self._calls += 1
+            start = time.monotonic()
+            try:
+                result = fn(*args, **kwargs)
+            except Exception as error:
+                run = _Run(self, start)
+                wait = run.after_error(error, time.monotonic())
+                if wait is None:
+                    raise
+            else:
+                if isinstance(result, CoroutineType):
+                    _refuse_coroutine(fn, result)
+                return result
+            try:
+                return self._go_on_sync(run, wait, fn, args, kwargs)
+            finally:
+                del run
+
+        return fast_wrapper if self._plain else wrapper
+
+    def _begin(self, now: float) -> _Run:
+        self._calls += 1
+        if self.budget is not None:
+            self.budget.deposit(now)
+        return _Run(self, now)
+
+    async def _go_on(
+        self, run: _Run, wait: float | None, fn: Callable[..., Awaitable[T]], args: Any, kwargs: Any
+    ) -> T:
+        """Wait (``None`` at the first attempt) and call ``fn``, until that is enough."""
+        clock = asyncio.get_running_loop().time
+        try:
+            while True:
+                if wait is not None:
+                    await asyncio.sleep(wait)
+                    run.begin_attempt(clock())
+                scope = None
+                try:
+                    if self._timed:
+                        async with (scope := run.scope(clock())):
+                            result = await fn(*args, **kwargs)
+                    else:
+                        result = await fn(*args, **kwargs)
+                except Exception as error:
+                    cut_off = scope is not None and scope.expired
+                    wait = run.after_error(error, clock(), cut_off=cut_off)
+                    if wait is None:
+                        raise
+                else:
+                    wait = run.after_result(result, clock())
+                    if wait is None:
+                        return result
+        finally:
+            del run
+
+    def _go_on_sync(
+        self, run: _Run, wait: float | None, fn: Callable[..., T], args: Any, kwargs: Any
+    ) -> T:
+        try:
+            while True:
+                if wait is not None:
+                    time.sleep(wait)
+                    run.begin_attempt(time.monotonic())
+                try:
+                    result = fn(*args, **kwargs)
+                except Exception as error:
+                    wait = run.after_error(error, time.monotonic())
+                    if wait is None:
+                        raise
+                else:
+                    if isinstance(result, CoroutineType):
+                        _refuse_coroutine(fn, result)
+                    wait = run.after_result(result, time.monotonic())
+                    if wait is None:
+                        return result
+        finally:
+            del run
+
+    def __aiter__(self) -> _Attempts:
+        if self.on_result is not None:
+            raise TypeError("on_result sees no result in a block; use call() or the decorator")
+        return _Attempts(self)
+
+    def statistics(self) -> RetryStatistics:
+        """Return how many calls there were, and what became of them."""
+        return RetryStatistics(
+            self._calls, self._retries, self._recovered, self._gave_up, self._out_of_budget
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RetryStatistics:
+    """What a :class:`Retry` has counted.
+
+    Attributes:
+        calls: Calls begun.
+        retries: Attempts after the first one of a call.
+        recovered: Calls that succeeded after at least one failure.
+        gave_up: Calls that failed although ``on`` matched the failure.
+        out_of_budget: How many of these failed because the retry budget was empty.
+    """
+
+    calls: int
+    retries: int
+    recovered: int
+    gave_up: int
+    out_of_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """One attempt in a :class:`RetryReport`.
+
+    Attributes:
+        error: What was raised; ``None`` if the result was one that ``on_result`` refused.
+        began: Seconds between the beginning of the call and the beginning of the attempt.
+        duration: Seconds that the attempt took.
+    """
+
+    error: Exception | None
+    began: float
+    duration: float
+
+
+@dataclass(frozen=True, slots=True)
+class RetryReport:
+    """The history of a call that was given up.
+
+    Attributes:
+        reason: Why it was not tried once more.
+        attempts: All attempts in their order; the last one raised the exception.
+        elapsed: Seconds from the beginning of the call to its end.
+    """
+
+    reason: GaveUp
+    attempts: tuple[FailedAttempt, ...]
+    elapsed: float
+
+
+def retry_report(error: BaseException) -> RetryReport | None:
+    """Return the history of the call that raised ``error``, or ``None`` if nothing was retried."""
+    kept = getattr(error, "__retry__", None)
+    if kept is None:
+        return None
+    reason, attempts, last, elapsed = kept
+    began, duration = last
+    return RetryReport(reason, (*attempts, FailedAttempt(error, began, duration)), elapsed)  # type: ignore[arg-type]  # only an Exception has one
+
+
+class _Run:
+    """One call: what it has tried, and whether and when it tries again.
+
+    It is handed the time and never waits itself, so that ``async``, plain and block form share it.
+    """
+
+    __slots__ = ("_attempts", "_began", "_delays", "_number", "_policy", "_start", "_wait")
+
+    def __init__(self, policy: Retry, now: float) -> None:
+        self._policy = policy
+        self._start = self._began = now
+        self._number = 1
+        self._attempts: list[FailedAttempt] = []
+        self._delays: Iterator[float] | None = None
+        self._wait = 0.0
+
+    def is_timed(self) -> bool:
+        """Tell whether the attempts need a :meth:`scope`."""
+        return self._policy._timed
+
+    def scope(self, now: float) -> FailScope:
+        """Return the time limit of the attempt that begins now."""
+        policy = self._policy
+        limit = math.inf if policy.attempt_timeout is None else policy.attempt_timeout
+        if policy.max_elapsed is not None:
+            limit = min(limit, max(0.0, self._start + policy.max_elapsed - now))
+        return deadline(limit)
+
+    def after_error(self, error: Exception, now: float, *, cut_off: bool = False) -> float | None:
+        """Return how long to wait for the next attempt; ``None`` if there is none."""
+        reason = self._reason_to_stop(error, now, cut_off=cut_off)
+        if reason is None:
+            self._attempts.append(
+                FailedAttempt(error, self._began - self._start, now - self._began)
+            )
+            return self._wait
+        if self._number > 1 or reason is not GaveUp.ERROR:  # a bug at once is none of our business
+            self._policy._gave_up += 1
+            self._attach_report(error, reason, now)
+        return None
+
+    def after_result(self, result: object, now: float) -> float | None:
+        """Return how long to wait for the next attempt; ``None`` if the result is final."""
+        policy = self._policy
+        if policy.on_result is None or not policy.on_result(result):
+            policy._recovered += self._number > 1
+            return None
+        if self._limit_reached(result, now) is not None:
+            policy._gave_up += 1
+            return None
+        self._attempts.append(FailedAttempt(None, self._began - self._start, now - self._began))
+        return self._wait
+
+    def begin_attempt(self, now: float) -> None:
+        """Count the next attempt; if the timer woke us too late for it, raise the last error."""
+        end = (
+            math.inf if self._policy.max_elapsed is None else self._start + self._policy.max_elapsed
+        )
+        if now >= end:
+            self._give_up_asleep(now)
+        self._number += 1
+        self._began = now
+        self._policy._retries += 1
+
+    def _give_up_asleep(self, now: float) -> None:
+        last = self._attempts.pop()
+        self._policy._gave_up += 1
+        error = last.error or DeadlineExceeded("max_elapsed is over and the result is still bad")
+        self._attach_report(error, GaveUp.ELAPSED, now)
+        try:
+            raise error
+        finally:
+            del error, last  # no cycle through this frame
+
+    def _reason_to_stop(self, error: Exception, now: float, *, cut_off: bool) -> GaveUp | None:
+        policy = self._policy
+        if policy._matches_never(error) or not (cut_off or policy._matches_on(error)):
+            return GaveUp.ERROR
+        if _being_cancelled():
+            return GaveUp.CANCELLED
+        return self._limit_reached(error, now)
+
+    def _limit_reached(self, outcome: object, now: float) -> GaveUp | None:
+        """Say why there is no next attempt, or set the wait for it."""
+        policy = self._policy
+        left, limit = self._time_left(now)
+        if left <= 0:
+            return limit
+        if self._number >= policy.attempts:
+            return GaveUp.ATTEMPTS
+        self._wait = self._next_wait(outcome)
+        rejected = isinstance(outcome, LocalRejection)
+        if self._wait >= left or (rejected and left == math.inf):
+            return GaveUp.REJECTED if rejected else limit
+        # A call that was refused here never reached the service: it costs no budget.
+        if policy.budget is not None and not rejected and not policy.budget.withdraw(now):
+            policy._out_of_budget += 1
+            return GaveUp.BUDGET
+        return None
+
+    def _time_left(self, now: float) -> tuple[float, GaveUp]:
+        """Return the seconds that are left, and what it is that ends then."""
+        policy = self._policy
+        elapsed_left = math.inf
+        if policy.max_elapsed is not None:
+            elapsed_left = self._start + policy.max_elapsed - now
+        deadline_left = remaining()
+        if deadline_left is not None and deadline_left < elapsed_left:
+            return deadline_left, GaveUp.DEADLINE
+        return elapsed_left, GaveUp.ELAPSED
+
+    def _next_wait(self, outcome: object) -> float:
+        if self._delays is None:
+            self._delays = iter(self._policy.backoff)
+        delay = next(self._delays, self._wait)
+        hint = _retry_after(outcome)
+        if isinstance(outcome, LocalRejection):
+            return math.inf if hint is None else max(delay, hint)
+        return delay if hint is None else max(delay, min(hint, self._policy.max_retry_after))
+
+    def _attach_report(self, error: Exception, reason: GaveUp, now: float) -> None:
+        elapsed = now - self._start
+        last = (self._began - self._start, now - self._began)
+        plural = "" if self._number == 1 else "s"
+        tried = f"{self._number} attempt{plural} in {elapsed:.1f} s"
+        note = f"retry: gave up after {tried}, reason: {reason.value}"
+        with contextlib.suppress(AttributeError):  # an exception may be frozen
+            error.add_note(note)
+            # Not a RetryReport: that would refer to the error, and keep its frames alive.
+            error.__retry__ = (reason, tuple(self._attempts), last, elapsed)  # type: ignore[attr-defined]
+
+
+class _Attempts:
+    """The iterator of the block form."""
+
+    def __init__(self, policy: Retry) -> None:
+        self._policy = policy
+        self._run: _Run | None = None
+        self._attempt: Attempt | None = None
+
+    def __aiter__(self) -> _Attempts:
+        return self
+
+    async def __anext__(self) -> Attempt:
+        clock = asyncio.get_running_loop().time
+        if self._attempt is None:
+            self._attempt = Attempt(self._policy._begin(clock()), 1)
+            return self._attempt
+        last = self._attempt
+        if last._run is not None:
+            raise RuntimeError("the loop over a Retry needs `async with attempt:` inside")
+        if last._next is None:
+            raise StopAsyncIteration
+        run, wait = last._next
+        try:
+            await asyncio.sleep(wait)
+            run.begin_attempt(clock())
+            self._attempt = Attempt(run, last.number + 1)
+        finally:
+            last._next = None
+            del run
+        return self._attempt
+
+
+class Attempt:
+    """One turn of ``async for attempt in retry:``; the work goes inside ``async with attempt:``.
+
+    Attributes:
+        number: 1 for the first attempt.
+    """
+
+    def __init__(self, run: _Run, number: int) -> None:
+        self.number = number
+        self._entered = False
+        self._run: _Run | None = run
+        self._scope: FailScope | None = None
+        self._next: tuple[_Run, float] | None = None
+
+    async def __aenter__(self) -> Attempt:
+        if self._run is None or self._entered:
+            raise RuntimeError("an attempt is made once")
+        self._entered = True
+        if self._run.is_timed():
+            self._scope = self._run.scope(asyncio.get_running_loop().time())
+            await self._scope.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        run, self._run = self._run, None
+        if run is None:
+            raise RuntimeError("an attempt is made once")
+        late: DeadlineExceeded | None = None
+        try:
+            if self._scope is not None:
+                try:
+                    await self._scope.__aexit__(kind, error, traceback)
+                except DeadlineExceeded as raised:
+                    error = late = raised
+            now = asyncio.get_running_loop().time()
+            if error is None:
+                run.after_result(None, now)
+            elif isinstance(error, Exception):
+                wait = run.after_error(error, now, cut_off=late is not None)
+                if wait is not None:
+                    self._next = (run, wait)
+                    return True
+                if late is not None:
+                    raise late
+            return False
+        finally:
+            del run, error, late
+
+
+@dataclass(frozen=True, slots=True)
+class RetryBudgetStatistics:
+    """What a :class:`RetryBudget` has counted.
+
+    Attributes:
+        calls: First attempts of all callers.
+        retries: Retries that it allowed.
+        refused: Retries that it did not allow.
+    """
+
+    calls: int
+    retries: int
+    refused: int
+
+
+class RetryBudget:
+    """Keep retries from multiplying the load of a service that is down.
+
+    Three attempts for each call are three times the load, at the worst moment. A budget shared by
+    all callers allows retries only up to a share of the calls: single failures are retried, an
+    outage is not. It may be shared by tasks, event loops and threads.
+
+    Args:
+        ratio: Retries allowed for each call; 0.2 is one for five calls.
+        min_per_second: Retries that are always allowed, so that a quiet client can retry, too.
+        window: Seconds over which calls and retries are counted.
+
+    Raises:
+        ValueError: If a number is out of its range, or nothing would ever be allowed.
+
+    The form is Finagle's ``RetryBudget``; the Google SRE book, chapter 21 ("Handling Overload"),
+    gives 10 percent as the share of a client.
+    """
+
+    _slices_in_window = 10
+
+    def __init__(
+        self, *, ratio: float = 0.2, min_per_second: float = 1.0, window: float = 10.0
+    ) -> None:
+        check_seconds("ratio", ratio)
+        check_seconds("min_per_second", min_per_second)
+        check_positive("window", window)
+        if ratio == 0 and min_per_second * window < 1:
+            raise ValueError("this budget would never allow a retry: raise ratio or min_per_second")
+        self.ratio = ratio
+        self.min_per_second = min_per_second
+        self.window = window
+        self._lock = threading.Lock()
+        self._slices: deque[list[int]] = deque()  # number of the slice, calls, retries
+        self._calls = 0
+        self._retries = 0
+        self._refused = 0
+
+    def deposit(self, now: float) -> None:
+        """Count a call; it pays for a part of a retry.
+
+        Args:
+            now: The time in seconds, on any clock that does not jump.
+        """
+        with self._lock:
+            self._current_slice(now)[1] += 1
+            self._calls += 1
+
+    def withdraw(self, now: float) -> bool:
+        """Take one retry out of the budget, if it holds one.
+
+        Args:
+            now: The time in seconds, on any clock that does not jump.
+
+        Returns:
+            Whether the retry is allowed.
+        """
+        with self._lock:
+            current = self._current_slice(now)
+            calls = sum(piece[1] for piece in self._slices)
+            retries = sum(piece[2] for piece in self._slices)
+            allowed = self.min_per_second * self.window + self.ratio * calls
+            if (
+                retries + 1 > allowed + 1e-9
+            ):  # 0.1 * 30 is a little more than 3, 0.7 * 10 less than 7
+                self._refused += 1
+                return False
+            current[2] += 1
+            self._retries += 1
+            return True
+
+    def statistics(self) -> RetryBudgetStatistics:
+        """Return how many retries were allowed, and how many were not."""
+        with self._lock:
+            return RetryBudgetStatistics(self._calls, self._retries, self._refused)
+
+    def _current_slice(self, now: float) -> list[int]:
+        number = int(now * self._slices_in_window / self.window)
+        slices = self._slices
+        if slices and slices[-1][0] > number:
+            slices.clear()  # the time went back: another event loop with a clock of its own
+        while slices and slices[0][0] <= number - self._slices_in_window:
+            slices.popleft()
+        if not slices or slices[-1][0] != number:
+            slices.append([number, 0, 0])
+        return slices[-1]
+
+
+def _predicate(name: str, condition: Condition) -> Callable[[Exception], bool]:
+    """Turn classes or a function into a function that also looks into exception groups."""
+    every = all if name == "on" else any  # one leaf that must not be retried is enough
+    classes: tuple[type[BaseException], ...] = ()
+    if isinstance(condition, tuple | type):
+        classes = condition if isinstance(condition, tuple) else (condition,)
+    elif not callable(condition):
+        raise TypeError(f"{name} must be exception classes or a function, got {condition!r}")
+    for entry in classes:
+        if not (isinstance(entry, type) and issubclass(entry, BaseException)):
+            raise TypeError(f"{name} must be exception classes or a function, got {entry!r}")
+
+    def matches(error: Exception) -> bool:
+        if isinstance(error, classes):
+            return True
+        if isinstance(error, ExceptionGroup):
+            return every(matches(leaf) for leaf in error.exceptions)
+        return not isinstance(condition, tuple | type) and bool(condition(error))
+
+    return matches
+
+
+def _check_backoff(backoff: Iterable[float]) -> None:
+    try:
+        first = iter(backoff)
+    except TypeError:
+        raise TypeError(
+            f"backoff must be iterable, such as FullJitter(), got {backoff!r}"
+        ) from None
+    if first is backoff:
+        raise TypeError(f"backoff must be iterable anew for each call, got {backoff!r}")
+    if isinstance(backoff, list | tuple):
+        if not backoff:
+            raise ValueError("backoff must hold at least one wait, got none")
+        for delay in backoff:
+            check_seconds("backoff", delay)
+
+
+def _retry_after(outcome: object) -> float | None:
+    """Return the wait that the error asks for, if it asks for a sane one."""
+    hint = getattr(outcome, "retry_after", None)
+    if isinstance(hint, int | float) and math.isfinite(hint) and hint >= 0:
+        return float(hint)
+    return None
+
+
+def _refuse_coroutine(fn: object, result: CoroutineType[Any, Any, Any]) -> NoReturn:
+    result.close()
+    raise TypeError(f"{fn!r} is no async def but returned a coroutine; use call() for it")
+
+
+def _being_cancelled() -> bool:
+    """Tell whether the task has been cancelled, even if ``fn`` made another exception of it."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop in this thread
+        return False
+    return task is not None and task.cancelling() > 0
