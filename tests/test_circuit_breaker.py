@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -711,6 +713,20 @@ def test_the_table_leads_out_of_every_state() -> None:
         (OPEN, CircuitEvent.WAITED, HALF_OPEN),
         (HALF_OPEN, CircuitEvent.RECOVERED, CLOSED),
         (HALF_OPEN, CircuitEvent.PROBE_FAILED, OPEN),
+    }
+
+
+def test_the_diagram_shows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture on the page has an arrow for each transition but those made by hand."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "conf"))
+    picture = importlib.import_module("pictures.circuit_breaker")
+    drawn = picture.draw(lambda _, english: english)
+    assert drawn.count('class="arrow"') == len(picture.arrows()) == 4
+    assert all(state.value in drawn for state in CircuitState)
+    assert {((state, event), after) for state, event, after in picture.arrows()} == {
+        transition
+        for transition in TRANSITIONS.items()
+        if transition[0][1] not in {CircuitEvent.ISOLATED, CircuitEvent.RESET}
     }
 
 

@@ -1,50 +1,77 @@
-"""The three states of a circuit breaker."""
+"""The states of a circuit breaker, drawn from its own table of transitions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from concurrency_patterns.circuit_breaker import TRANSITIONS, CircuitEvent, CircuitState
 from pictures import arrow, box, svg
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+BY_HAND = {CircuitEvent.ISOLATED, CircuitEvent.RESET}  # from every state; the text tells it
+
+
+class Way(NamedTuple):
+    """Where the arrow between two states runs, and where its text stands."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+    bend: float
+    kind: str
+    offset: tuple[float, float]
+
+
+PLACES = {
+    CircuitState.CLOSED: (66, 84),
+    CircuitState.OPEN: (414, 84),
+    CircuitState.HALF_OPEN: (240, 210),
+}
+WAYS = {
+    (CircuitState.CLOSED, CircuitState.OPEN): Way((118, 76), (362, 76), 36, "note middle", (0, -8)),
+    (CircuitState.OPEN, CircuitState.HALF_OPEN): Way(
+        (414, 106), (292, 214), 34, "note middle", (24, 38)
+    ),
+    (CircuitState.HALF_OPEN, CircuitState.OPEN): Way(
+        (256, 188), (372, 106), 14, "note end", (-12, -10)
+    ),
+    (CircuitState.HALF_OPEN, CircuitState.CLOSED): Way(
+        (188, 214), (66, 106), 34, "note middle", (-24, 38)
+    ),
+}
+
+
+def arrows() -> list[tuple[CircuitState, CircuitEvent, CircuitState]]:
+    """Return what is drawn: from which state, on which event, to which one."""
+    return [
+        (state, event, after)
+        for (state, event), after in TRANSITIONS.items()
+        if event not in BY_HAND
+    ]
+
 
 def draw(text: Callable[[str, str], str]) -> str:
     """Draw the states and what leads from one to the other."""
+    states = {
+        CircuitState.CLOSED: text("关闭", "closed"),
+        CircuitState.OPEN: text("打开", "open"),
+        CircuitState.HALF_OPEN: text("半开", "half-open"),
+    }
+    events = {
+        CircuitEvent.TRIPPED: text("连续失败达到上限", "too many failures"),
+        CircuitEvent.WAITED: text("等待结束", "the wait is over"),
+        CircuitEvent.RECOVERED: text("探测全部成功", "the probes succeed"),
+        CircuitEvent.PROBE_FAILED: text("探测失败", "a probe\nfails"),
+    }
     return svg(
         250,
-        box(66, 84, text("关闭", "closed"), width=104),
-        box(414, 84, text("打开", "open"), width=104),
-        box(240, 210, text("半开", "half-open"), width=104),
-        arrow(
-            (118, 76),
-            (362, 76),
-            text("连续失败达到阈值", "failures reach the threshold"),
-            bend=36,
-        ),
-        arrow(
-            (414, 106),
-            (292, 214),
-            text("等待结束", "the wait is over"),
-            bend=34,
-            offset=(24, 38),
-            kind="note middle",
-        ),
-        arrow(
-            (256, 188),
-            (372, 106),
-            text("探测失败", "a probe\nfails"),
-            bend=14,
-            offset=(-12, -10),
-            kind="note end",
-        ),
-        arrow(
-            (188, 214),
-            (66, 106),
-            text("探测成功", "probes succeed"),
-            bend=34,
-            offset=(-24, 38),
-            kind="note middle",
+        *(box(*PLACES[state], states[state], width=104) for state in CircuitState),
+        *(
+            arrow(
+                way.start, way.end, events[event], bend=way.bend, kind=way.kind, offset=way.offset
+            )
+            for before, event, after in arrows()
+            for way in [WAYS[before, after]]
         ),
     )
