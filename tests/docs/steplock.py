@@ -227,10 +227,10 @@ def raw_asterisks(zh: Source, en: Source) -> Iterator[str]:
 
 
 def chinese_in_english(_: Source, en: Source) -> Iterator[str]:
-    """An English page has Chinese in code spans and in the glossary's table only."""
+    """An English page has Chinese in code spans and in the terms of the glossary only."""
     for number, line in enumerate(whole_lines(en.text), start=1):
         words = OWN_NAME.sub("", CODE_SPAN.sub("", line))
-        in_glossary = en.name == "glossary.md" and line.startswith("|")
+        in_glossary = en.name == "glossary.md" and (line.startswith("|") or " · " in line)
         if CJK.search(words) and not in_glossary:
             yield f"{en.path}:{number}: Chinese in an English page: {line.strip()}"
 
