@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
 
-from .errors import PatternError, PoolClosed, check_count, check_loop
+from .errors import (
+    PatternError,
+    PoolClosed,
+    QueueFull,
+    check_count,
+    check_loop,
+    check_positive,
+    check_seconds,
+)
+from .timeout import deadline
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator
+    from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
-__all__ = ["TaskHandle", "WorkerPool", "WorkerPoolStatistics", "bounded_map"]
+__all__ = ["Submitter", "TaskHandle", "WorkerPool", "WorkerPoolStatistics", "bounded_map"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,36 +53,6 @@ class WorkerPoolStatistics:
     cancelled: int
 
 
-class TaskHandle(asyncio.Future[R], Generic[R]):
-    """What has become of a submitted task: await it for the result, or cancel it.
-
-    It is an :class:`asyncio.Future`. Cancelling it, or the await of it, cancels the task: a
-    queued one never starts, a running one gets :exc:`asyncio.CancelledError` at its next await
-    and may clean up first. An error that nobody asks for is logged by asyncio.
-    """
-
-    _worker: asyncio.Task[None] | None = None
-    _withdraw: Callable[[], None] | None = None
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        """Cancel the task; return ``False`` if it has ended already."""
-        if self.done():
-            return False
-        if self._worker is not None:
-            return self._worker.cancel(msg)  # it cancels the handle once the task has cleaned up
-        if self._withdraw is not None:
-            self._withdraw()
-        return super().cancel(msg)
-
-    def _started(self, worker: asyncio.Task[None]) -> None:
-        self._withdraw = None
-        self._worker = worker
-
-    def _ended_by_cancellation(self) -> None:
-        self._worker = None
-        super().cancel()
-
-
 class WorkerPool:
     """Run tasks on a fixed number of workers, fed from a bounded queue.
 
@@ -86,20 +67,42 @@ class WorkerPool:
     Args:
         workers: How many tasks run at the same time.
         queue_size: How many tasks may wait for a worker before :meth:`submit` waits.
+        task_timeout: The time for each task in seconds; ``None`` for any. A task that takes
+            longer is cancelled and fails with
+            :exc:`~concurrency_patterns.errors.DeadlineExceeded`.
+        limiter: Entered around each task, such as a
+            :class:`~concurrency_patterns.token_bucket.TokenBucket`. The worker waits for it, and
+            the time of the task begins after that.
 
     Raises:
-        ValueError: If ``workers`` or ``queue_size`` is below 1.
+        ValueError: If ``workers`` or ``queue_size`` is below 1, or ``task_timeout`` not above 0.
 
     The thread pool of POSA2 (Schmidt et al., 2000), with the lifetime of structured concurrency.
     """
 
-    def __init__(self, workers: int, queue_size: int = 100) -> None:
+    def __init__(
+        self,
+        workers: int,
+        queue_size: int = 100,
+        *,
+        task_timeout: float | None = None,
+        limiter: AbstractAsyncContextManager[object] | None = None,
+    ) -> None:
         check_count("workers", workers)
         check_count("queue_size", queue_size)
+        if task_timeout is not None:
+            check_positive("task_timeout", task_timeout)
+        if limiter is not None and not hasattr(limiter, "__aenter__"):
+            raise TypeError(f"limiter must work in `async with`, got {limiter!r}")
         self._size = workers
         self._queue_size = queue_size
+        self._task_timeout = task_timeout
+        self._limiter = limiter
+        self._bare = task_timeout is None and limiter is None
         self._open = False
         self._aborting = False
+        self._workers: set[asyncio.Task[None]] = set()
+        self._begin()
         self._busy = 0
         self._queued = 0
         self._succeeded = 0
@@ -108,18 +111,20 @@ class WorkerPool:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __aenter__(self) -> WorkerPool:
-        if self._open:
-            raise RuntimeError("this WorkerPool is running already")
         self._loop = check_loop(self, self._loop)
+        if self._workers:
+            raise RuntimeError("this WorkerPool is running already")
         self._open = True
         self._aborting = False
-        self._room = asyncio.Semaphore(self._queue_size)
-        self._queue: asyncio.Queue[_Job | None] = asyncio.Queue()
-        self._workers = [
-            self._loop.create_task(self._work(), name=f"worker {number}")
-            for number in range(self._size)
-        ]
+        self._begin()
+        self.resize(self._size)
         return self
+
+    def _begin(self) -> None:
+        self._room = _Room(self._queue_size)
+        self._line: deque[_Job] = deque()
+        self._lines: list[tuple[int, deque[_Job]]] = [(0, self._line)]
+        self._idle: deque[asyncio.Future[None]] = deque()
 
     async def __aexit__(
         self,
@@ -127,17 +132,49 @@ class WorkerPool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        await self.close(grace=None if error is None else 0)
+
+    async def close(self, grace: float | None = None) -> None:
+        """Take no more tasks, finish those that were taken, and stop the workers.
+
+        Args:
+            grace: The time to finish in seconds; what is not done then is cancelled. ``None``
+                for any time.
+
+        Raises:
+            ValueError: If ``grace`` is negative or not finite.
+        """
+        if grace is not None:
+            check_seconds("grace", grace)
         self._open = False
-        if error is not None:
-            await self._abort()
-            return
-        for _ in self._workers:  # behind all that was submitted: each worker ends at one of them
-            self._queue.put_nowait(None)
+        self._room.wake_all()
+        _wake(self._idle, len(self._idle))
         try:
-            await asyncio.wait(self._workers)
-        except asyncio.CancelledError:
+            if self._workers and grace != 0:
+                await asyncio.wait(self._workers, timeout=grace)
+        finally:
             await self._abort()
-            raise
+
+    def resize(self, workers: int) -> None:
+        """Change the number of workers.
+
+        New ones begin at once. Those that are too many end when the task that they run is done.
+
+        Args:
+            workers: How many tasks run at the same time from now on.
+
+        Raises:
+            ValueError: If ``workers`` is below 1.
+        """
+        check_count("workers", workers)
+        self._size = workers
+        if not self._open:
+            return
+        for _ in range(workers - len(self._workers)):
+            worker = asyncio.create_task(self._work(), name="worker")
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+        _wake(self._idle, len(self._workers) - workers)
 
     async def submit(
         self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
@@ -155,17 +192,46 @@ class WorkerPool:
         Raises:
             PoolClosed: If the pool is not running, or is closed while this call waits.
         """
-        if not self._open:
-            raise PoolClosed("submit needs a pool that runs: use it inside of `async with`")
-        await self._room.acquire()
-        if not self._open:
-            self._room.release()
-            raise PoolClosed("the pool was closed while submit waited for room")
-        handle: TaskHandle[R] = TaskHandle()
-        handle._withdraw = self._withdraw
-        self._queued += 1
-        self._queue.put_nowait(_Job(handle, fn, args, kwargs))
-        return handle
+        return await self._submit(self._line, fn, args, kwargs)
+
+    def submit_nowait(
+        self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> TaskHandle[R]:
+        """Put a task into the queue if there is room.
+
+        Args:
+            fn: An asynchronous function.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            The task's handle.
+
+        Raises:
+            QueueFull: If the queue is full, or others wait for room.
+            PoolClosed: If the pool is not running.
+        """
+        return self._submit_nowait(self._line, fn, args, kwargs)
+
+    def priority(self, level: int) -> Submitter:
+        """Return what submits tasks with another priority.
+
+        Args:
+            level: Workers take the lowest level first; :meth:`submit` and :meth:`map` use 0. Tasks
+                of one level are taken in their order.
+
+        Raises:
+            PoolClosed: If the pool is not running.
+        """
+        check_count("level", level, least=-(2**31))
+        self._check_open()
+        for known, line in self._lines:
+            if known == level:
+                return Submitter(self, line)
+        line = deque()
+        self._lines.append((level, line))
+        self._lines.sort(key=lambda pair: pair[0])
+        return Submitter(self, line)
 
     async def map(
         self,
@@ -173,6 +239,7 @@ class WorkerPool:
         source: Iterable[T] | AsyncIterable[T],
         *,
         ordered: bool = True,
+        on_error: Literal["raise", "return", "skip"] = "raise",
     ) -> AsyncIterator[R]:
         """Call ``fn`` with each item of a source and yield the results.
 
@@ -184,28 +251,40 @@ class WorkerPool:
             fn: An asynchronous function of one argument.
             source: The items; an iterable or an asynchronous one.
             ordered: Whether the results come in the order of the items, or as they are ready.
+            on_error: What to do with an item that fails: ``"raise"`` its error, which ends the
+                iteration and cancels what has been started; ``"return"`` the error in the place
+                of the result; ``"skip"`` the item.
 
         Yields:
-            The results. The first error ends the iteration and cancels what has been started.
+            The results.
 
         Raises:
             PoolClosed: If the pool is not running.
         """
-        if not self._open:
-            raise PoolClosed("map needs a pool that runs: use it inside of `async with`")
-        stream = _Stream[R](ahead=2 * self._size, ordered=ordered)
-        feeder = asyncio.create_task(self._feed(stream, fn, source), name="map feeder")
+        if on_error not in {"raise", "return", "skip"}:
+            raise ValueError(f"on_error must be 'raise', 'return' or 'skip', got {on_error!r}")
+        self._check_open()
+        stream = _Stream(self, fn, source, ordered=ordered)
         try:
-            async for result in stream:
-                yield result
-            await feeder  # an error of the source comes after the results of what it gave
+            while not stream.is_finished():
+                job = stream.next_done()
+                if job is None:
+                    await stream.wait_for_outcome()
+                elif job.error is None:
+                    yield job.result
+                elif on_error == "raise" or not isinstance(job.error, Exception):
+                    raise job.error
+                elif on_error == "return":
+                    yield cast("R", job.error)
+            if stream.failure is not None:
+                raise stream.failure  # of the source: it comes behind what the source gave
         finally:
-            await _cancel_all([feeder, *stream.unfinished])
+            await stream.close()
 
     def statistics(self) -> WorkerPoolStatistics:
         """Return what the pool does and has done."""
         return WorkerPoolStatistics(
-            workers=self._size,
+            workers=len(self._workers),
             busy=self._busy,
             queued=self._queued,
             succeeded=self._succeeded,
@@ -213,123 +292,389 @@ class WorkerPool:
             cancelled=self._cancelled,
         )
 
-    async def _feed(
+    def _check_open(self) -> None:
+        if not self._open:
+            raise PoolClosed("the pool does not run: use it inside of `async with`")
+
+    async def _submit(
         self,
-        stream: _Stream[R],
-        fn: Callable[[T], Awaitable[R]],
-        source: Iterable[T] | AsyncIterable[T],
-    ) -> None:
-        try:
-            async with _reading(source) as items:
-                await stream.room()
-                async for item in items:
-                    stream.add(await self.submit(fn, item))
-                    await stream.room()
-        finally:
-            stream.end()
+        line: deque[_Job],
+        fn: Callable[..., Awaitable[R]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> TaskHandle[R]:
+        self._check_open()
+        await self._room.take()
+        if not self._open:
+            raise PoolClosed("the pool was closed while submit waited for room")
+        return self._enqueue_handle(line, fn, args, kwargs)
+
+    def _submit_nowait(
+        self,
+        line: deque[_Job],
+        fn: Callable[..., Awaitable[R]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> TaskHandle[R]:
+        self._check_open()
+        if not self._room.try_take():
+            raise QueueFull(f"{self._queue_size} tasks wait for a worker already")
+        return self._enqueue_handle(line, fn, args, kwargs)
+
+    def _enqueue_handle(
+        self,
+        line: deque[_Job],
+        fn: Callable[..., Awaitable[R]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> TaskHandle[R]:
+        handle: TaskHandle[R] = TaskHandle()
+        job = _HandleJob(fn, args, kwargs, handle, self)
+        handle._job = job
+        self._enqueue(line, job)
+        return handle
+
+    def _enqueue(self, line: deque[_Job], job: _Job) -> None:
+        line.append(job)
+        self._queued += 1
+        if self._idle:
+            _wake(self._idle, 1)
+
+    def _next_job(self) -> _Job | None:
+        for _, line in self._lines:
+            while line:
+                job = line.popleft()
+                if not job.withdrawn:
+                    return job
+        return None
 
     async def _work(self) -> None:
-        while not self._aborting:
-            job = await self._queue.get()
-            if job is None:
-                return
-            if not job.handle.done():
-                self._leave_queue()
-                await self._run(job)
-
-    async def _run(self, job: _Job) -> None:
         worker = cast("asyncio.Task[None]", asyncio.current_task())
-        job.handle._started(worker)
+        while not self._aborting and len(self._workers) <= self._size:
+            job = self._next_job()
+            if job is not None:
+                self._queued -= 1
+                await self._run(job, worker)
+            elif self._open:
+                waiter = asyncio.get_running_loop().create_future()
+                self._idle.append(waiter)
+                await waiter
+            else:
+                return
+        # A worker that is too many leaves; one that was woken for a task passes the task on.
+        self._workers.discard(worker)
+        if self._queued:
+            _wake(self._idle, 1)
+
+    async def _run(self, job: _Job, worker: asyncio.Task[None]) -> None:
+        job.start(worker)
         self._busy += 1
         try:
-            result = await job.fn(*job.args, **job.kwargs)
-        except asyncio.CancelledError:
+            if self._bare:
+                result = await job.fn(*job.args, **job.kwargs)
+            else:
+                result = await self._guarded(job)
+        except asyncio.CancelledError as error:
             self._cancelled += 1
-            job.handle._ended_by_cancellation()
+            job.end_cancelled(error)
             if self._aborting:
                 raise
-        except (KeyboardInterrupt, SystemExit) as error:
-            job.handle.set_exception(error)
-            raise
-        except BaseException as error:  # noqa: BLE001 -- whatever a task raises belongs to its handle
+        except BaseException as error:
             self._failed += 1
-            job.handle.set_exception(error)
+            job.end(None, error)
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
         else:
             self._succeeded += 1
-            job.handle.set_result(result)
+            job.end(result, None)
         finally:
             self._busy -= 1
         if worker.cancelling():
             await _forget_cancellation(worker)
 
-    def _leave_queue(self) -> None:
-        self._queued -= 1
-        self._room.release()
+    async def _guarded(self, job: _Job) -> Any:
+        if self._limiter is None:
+            return await self._timed(job)
+        async with self._limiter:
+            return await self._timed(job)
 
-    def _withdraw(self) -> None:
-        self._cancelled += 1
-        self._leave_queue()
+    async def _timed(self, job: _Job) -> Any:
+        if self._task_timeout is None:
+            return await job.fn(*job.args, **job.kwargs)
+        async with deadline(self._task_timeout):
+            return await job.fn(*job.args, **job.kwargs)
 
     async def _abort(self) -> None:
         self._aborting = True
-        while not self._queue.empty():
-            job = self._queue.get_nowait()
-            if job is not None:
-                job.handle.cancel()
-        await _cancel_all(self._workers)
+        while (job := self._next_job()) is not None:
+            self._queued -= 1
+            self._cancelled += 1
+            job.end_cancelled(asyncio.CancelledError("the pool was closed"))
+        cancelled = await _cancel_and_wait(self._workers)
+        if cancelled is not None:
+            raise cancelled
 
 
-@dataclass(slots=True)
+class Submitter:
+    """Submits tasks of one priority; :meth:`WorkerPool.priority` makes it."""
+
+    def __init__(self, pool: WorkerPool, line: deque[_Job]) -> None:
+        self._pool = pool
+        self._line = line
+
+    async def submit(
+        self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> TaskHandle[R]:
+        """Submit as :meth:`WorkerPool.submit` does, with this priority."""
+        return await self._pool._submit(self._line, fn, args, kwargs)
+
+    def submit_nowait(
+        self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> TaskHandle[R]:
+        """Submit as :meth:`WorkerPool.submit_nowait` does, with this priority."""
+        return self._pool._submit_nowait(self._line, fn, args, kwargs)
+
+
+class TaskHandle(asyncio.Future[R], Generic[R]):
+    """What has become of a submitted task: await it for the result, or cancel it.
+
+    It is an :class:`asyncio.Future`. Cancelling it, or the await of it, cancels the task: a
+    queued one never starts, a running one gets :exc:`asyncio.CancelledError` at its next await
+    and may clean up first. An error that nobody asks for is logged by asyncio.
+    """
+
+    _job: _HandleJob
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Cancel the task; return ``False`` if it has ended already."""
+        return not self.done() and self._job.cancel(msg)
+
+    def _end_cancelled(self) -> None:
+        super().cancel()
+
+
 class _Job:
-    handle: TaskHandle[Any]
-    fn: Callable[..., Awaitable[Any]]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    """A call that waits for a worker or runs on one."""
+
+    __slots__ = ("args", "fn", "kwargs", "withdrawn", "worker")
+
+    def __init__(
+        self, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.worker: asyncio.Task[None] | None = None
+        self.withdrawn = False  # still in its line, but no worker shall take it
+
+    def start(self, worker: asyncio.Task[None]) -> None:
+        self.worker = worker
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        raise NotImplementedError  # a job of a handle and one of a map end in different ways
+
+    def end_cancelled(self, error: asyncio.CancelledError) -> None:
+        raise NotImplementedError
 
 
-class _Stream(Generic[R]):
-    """The handles between the feeder of a map and its reader, and the bound on their number."""
+class _HandleJob(_Job):
+    """A job whose outcome goes into a handle, and which takes a place in the queue."""
 
-    def __init__(self, ahead: int, *, ordered: bool) -> None:
-        self._room = asyncio.Semaphore(ahead)
-        self._next: asyncio.Queue[TaskHandle[R] | None] = asyncio.Queue()
-        self._ordered = ordered
-        self._ended = False
-        self.unfinished: set[TaskHandle[R]] = set()
+    __slots__ = ("handle", "pool")
 
-    async def room(self) -> None:
-        """Wait until one more item may be read from the source."""
-        await self._room.acquire()
+    def __init__(
+        self,
+        fn: Callable[..., Awaitable[Any]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        handle: TaskHandle[Any],
+        pool: WorkerPool,
+    ) -> None:
+        super().__init__(fn, args, kwargs)
+        self.handle = handle
+        self.pool = pool
 
-    def add(self, handle: TaskHandle[R]) -> None:
-        """Pass a handle on: now if the order matters, else when it is done."""
-        self.unfinished.add(handle)
-        if self._ordered:
-            self._next.put_nowait(handle)
+    def start(self, worker: asyncio.Task[None]) -> None:
+        self.worker = worker
+        self.pool._room.give_back()
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        self.worker = None
+        if error is None:
+            self.handle.set_result(result)
+        elif isinstance(error, StopIteration):  # a future refuses it, as a coroutine does
+            self.handle.set_exception(RuntimeError("the task raised StopIteration"))
         else:
-            handle.add_done_callback(self._pass_on)
+            self.handle.set_exception(error)
 
-    def end(self) -> None:
-        """Say that no more handles will be added."""
-        self._next.put_nowait(None)
+    def end_cancelled(self, error: asyncio.CancelledError) -> None:
+        self.worker = None
+        self.handle._end_cancelled()
 
-    def _pass_on(self, handle: asyncio.Future[R]) -> None:
-        self._next.put_nowait(cast("TaskHandle[R]", handle))
+    def cancel(self, msg: Any | None) -> bool:
+        if self.worker is not None:
+            return self.worker.cancel(msg)  # the handle ends when the task has cleaned up
+        self.withdrawn = True
+        self.pool._queued -= 1
+        self.pool._cancelled += 1
+        self.pool._room.give_back()
+        self.handle._end_cancelled()
+        return True
 
-    def __aiter__(self) -> _Stream[R]:
-        return self
 
-    async def __anext__(self) -> R:
-        while not self._ended or self.unfinished:
-            handle = await self._next.get()
-            if handle is None:
-                self._ended = True
-                continue
-            result = await handle
-            self.unfinished.discard(handle)
-            self._room.release()
-            return result
-        raise StopAsyncIteration
+class _StreamJob(_Job):
+    """A job of a map: it keeps its outcome until the reader comes by."""
+
+    __slots__ = ("done", "error", "result", "stream")
+
+    def __init__(self, stream: _Stream, item: Any) -> None:
+        super().__init__(stream.fn, (item,), {})
+        self.stream = stream
+        self.done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        self.worker = None
+        self.done = True
+        self.result = result
+        self.error = error
+        self.stream.on_done(self)
+
+    def end_cancelled(self, error: asyncio.CancelledError) -> None:
+        fault: PatternError = PoolClosed("the pool was closed")
+        if not self.stream.pool._aborting:
+            fault = PatternError(f"the call with {self.args[0]!r} raised CancelledError by itself")
+        fault.__cause__ = error
+        self.end(None, fault)
+
+
+class _Stream:
+    """The jobs of a map between the source and the reader: a window that moves along."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        fn: Callable[[Any], Awaitable[Any]],
+        source: Iterable[Any] | AsyncIterable[Any],
+        *,
+        ordered: bool,
+    ) -> None:
+        self.fn = fn
+        self.pool = pool
+        self.failure: Exception | None = None  # of the source
+        self._ordered = ordered
+        self._started: deque[_StreamJob] = deque()  # in the order of the items
+        self._ready: deque[_StreamJob] = deque()  # in the order of their ends, if that matters
+        self._out = 0  # jobs whose outcome the reader has not got
+        self._reading = True
+        self._reader: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._items: Iterator[Any] | None = None
+        self._feeder: asyncio.Task[None] | None = None
+        if isinstance(source, AsyncIterable):
+            self._feeder = asyncio.create_task(self._feed(source), name="map feeder")
+        else:
+            self._items = iter(source)
+            self._read_ahead()
+
+    def next_done(self) -> _StreamJob | None:
+        """Return the job whose outcome is to be given out next, if it is there."""
+        line = self._started if self._ordered else self._ready
+        if not line or not line[0].done:
+            return None
+        job = line.popleft()
+        self._out -= 1
+        if not self._ordered:
+            self._started.remove(job)
+        if self._items is not None:
+            self._read_ahead()
+        elif self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        return job
+
+    def is_finished(self) -> bool:
+        """Tell whether the source is at its end, and the reader has got all outcomes."""
+        return self._out == 0 and not self._reading
+
+    async def wait_for_outcome(self) -> None:
+        """Wait until :meth:`next_done` may have something new."""
+        self._reader = asyncio.get_running_loop().create_future()
+        await self._reader
+
+    def on_done(self, job: _StreamJob) -> None:
+        """Take note of an outcome; called by the job."""
+        if not self._ordered:
+            self._ready.append(job)
+        elif self._started[0] is not job:
+            return  # not its turn
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _has_room(self) -> bool:
+        return self._out < 2 * self.pool._size
+
+    def _start(self, item: Any) -> None:
+        job = _StreamJob(self, item)
+        self._out += 1
+        self._started.append(job)
+        self.pool._enqueue(self.pool._line, job)
+
+    def _read_ahead(self) -> None:
+        """Read an iterable as far as the window allows."""
+        items = cast("Iterator[Any]", self._items)
+        while self._reading and self._has_room():
+            try:
+                self._start(next(items))
+            except StopIteration:
+                self._reading = False
+            except Exception as error:  # noqa: BLE001 -- raised behind what the source gave
+                self._reading, self.failure = False, error
+
+    async def _feed(self, source: AsyncIterable[Any]) -> None:
+        """Read an asynchronous source as far as the window allows."""
+        try:
+            async with _reading(source) as items:
+                await self._wait_for_room()
+                async for item in items:
+                    self._start(item)
+                    await self._wait_for_room()
+        except Exception as error:  # noqa: BLE001 -- raised behind what the source gave
+            self.failure = error
+        finally:
+            self._reading = False
+            self._wake_reader()
+
+    async def _wait_for_room(self) -> None:
+        while not self._has_room():
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    async def close(self) -> None:
+        """Stop reading, withdraw what has not been started, cancel what runs, wait for it."""
+        running = {job.worker: job for job in self._started if job.worker is not None}
+        for job in self._started:
+            if job.worker is None and not job.done:
+                job.withdrawn = True
+                self.pool._queued -= 1
+                self.pool._cancelled += 1
+        self._ordered = False  # from here on, every end wakes us
+        cancelled: asyncio.CancelledError | None = None
+        if self._feeder is not None:
+            cancelled = await _cancel_and_wait([self._feeder])
+        for worker in running:
+            worker.cancel()
+        while not all(job.done for job in running.values()):
+            try:
+                await self.wait_for_outcome()
+            except asyncio.CancelledError as error:
+                cancelled = error
+        self._started.clear()
+        if cancelled is not None:
+            raise cancelled
 
 
 async def bounded_map(
@@ -358,29 +703,42 @@ async def bounded_map(
     check_count("limit", limit)
     results: list[tuple[int, R]] = []
 
-    async def work(numbered: AsyncIterator[tuple[int, T]]) -> None:
-        async for number, item in numbered:
-            results.append((number, await _call_one(fn, item)))
+    async def work(numbered: Iterator[tuple[int, T]]) -> None:
+        for number, item in numbered:
+            try:
+                results.append((number, await fn(item)))
+            except asyncio.CancelledError as error:
+                _refuse_foreign_cancellation(item, error)
+                raise
+
+    async def work_beside(numbered: AsyncIterator[tuple[int, T]]) -> None:
+        async for pair in numbered:
+            await work(iter([pair]))
 
     try:
-        async with _reading(items) as source, asyncio.TaskGroup() as group:
-            numbered = _Shared(source)
-            for _ in range(limit):
-                group.create_task(work(numbered))
+        if isinstance(items, AsyncIterable):
+            async with _reading(items) as source, asyncio.TaskGroup() as group:
+                shared = _Shared(source)
+                for _ in range(limit):
+                    group.create_task(work_beside(shared))
+        else:
+            numbered = enumerate(items)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(limit):
+                    group.create_task(work(numbered))
     except BaseExceptionGroup as errors:
         raise _first(errors) from None
     results.sort(key=lambda pair: pair[0])
     return [result for _, result in results]
 
 
-async def _call_one(fn: Callable[[T], Coroutine[Any, Any, R]], item: T) -> R:
-    try:
-        return await fn(item)
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        # A task group takes a CancelledError for a silent end: the result would be missing.
+def _refuse_foreign_cancellation(item: object, error: asyncio.CancelledError) -> None:
+    """Make an error of a CancelledError that nobody asked for.
+
+    A task group takes it for a silent end, and the result would be missing.
+    """
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
         raise PatternError(f"the call with {item!r} raised CancelledError by itself") from error
 
 
@@ -407,36 +765,79 @@ class _Shared(AsyncIterator[tuple[int, T]]):
 
 
 @asynccontextmanager
-async def _reading(source: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Read any source as an asynchronous iterator, and close it at the end."""
-    items = aiter(source) if isinstance(source, AsyncIterable) else _asynchronous(source)
-    if isinstance(items, AsyncIterator) and hasattr(items, "aclose"):
+async def _reading(source: AsyncIterable[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Iterate over an asynchronous source, and close it at the end."""
+    items = aiter(source)
+    if hasattr(items, "aclose"):
         async with aclosing(cast("AsyncGenerator[T]", items)):
             yield items
     else:
         yield items
 
 
-async def _asynchronous(source: Iterable[T]) -> AsyncIterator[T]:
-    for item in source:
-        yield item
+class _Room:
+    """Places in the queue, given out in the order of asking."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places  # above 0 only while nobody waits
+        self._line: deque[asyncio.Future[None]] = deque()
+
+    def try_take(self) -> bool:
+        if self._free == 0:
+            return False
+        self._free -= 1
+        return True
+
+    async def take(self) -> None:
+        if self.try_take():
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._line.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled():
+                self.give_back()  # granted and cancelled in the same step
+            elif waiter in self._line:
+                self._line.remove(waiter)
+            raise
+
+    def give_back(self) -> None:
+        if not _wake(self._line, 1):
+            self._free += 1
+
+    def wake_all(self) -> None:
+        _wake(self._line, len(self._line))
 
 
-async def _cancel_all(futures: list[Any]) -> None:
-    """Cancel what is not done and wait for it; a cancellation of this wait comes afterwards."""
-    for future in futures:
-        future.cancel()
+def _wake(waiters: deque[asyncio.Future[None]], count: int) -> int:
+    """Wake the first ``count`` waiters; return how many there were."""
+    woken = 0
+    while waiters and woken < count:
+        waiter = waiters.popleft()
+        if not waiter.done():
+            waiter.set_result(None)
+            woken += 1
+    return woken
+
+
+async def _cancel_and_wait(
+    tasks: Iterable[asyncio.Task[Any]],
+) -> asyncio.CancelledError | None:
+    """Cancel tasks and wait for them; return the cancellation of this wait, if one came."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
     cancelled: asyncio.CancelledError | None = None
-    while waiting := [future for future in futures if not future.done()]:
+    while waiting := [task for task in tasks if not task.done()]:
         try:
             await asyncio.wait(waiting)
         except asyncio.CancelledError as error:
             cancelled = error
-    for future in futures:
-        if not future.cancelled():
-            future.exception()  # retrieved: nobody will ask for it any more
-    if cancelled is not None:
-        raise cancelled
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # retrieved: nobody will ask for it any more
+    return cancelled
 
 
 async def _forget_cancellation(worker: asyncio.Task[None]) -> None:
