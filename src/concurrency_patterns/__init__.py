@@ -2,6 +2,7 @@
 
 from .channel import Channel, produce_consume
 from .circuit_breaker import CircuitBreaker, CircuitState
+from .compose import Composition, OrderWarning, compose
 from .concurrency_limiter import ConcurrencyLimiter
 from .errors import (
     ChannelClosed,
@@ -17,6 +18,7 @@ from .errors import (
     RemoteError,
     WorkerCrashed,
 )
+from .fallback import Alternative, Fallback, Outcome, constant
 from .process_pool import ProcessPool
 from .retry import (
     DecorrelatedJitter,
@@ -41,6 +43,7 @@ from .token_bucket import TokenBucket
 from .worker_pool import TaskHandle, WorkerPool, bounded_map
 
 __all__ = [
+    "Alternative",
     "CancelOutcome",
     "Channel",
     "ChannelClosed",
@@ -48,15 +51,19 @@ __all__ = [
     "CircuitBreaker",
     "CircuitOpen",
     "CircuitState",
+    "Composition",
     "ConcurrencyLimitExceeded",
     "ConcurrencyLimiter",
     "DeadlineExceeded",
     "DecorrelatedJitter",
     "EqualJitter",
     "Exponential",
+    "Fallback",
     "Fixed",
     "FullJitter",
     "LocalRejection",
+    "OrderWarning",
+    "Outcome",
     "PatternError",
     "PoolClosed",
     "ProcessPool",
@@ -73,6 +80,8 @@ __all__ = [
     "bounded_cleanup",
     "bounded_map",
     "cancel_and_wait",
+    "compose",
+    "constant",
     "deadline",
     "move_on_after",
     "produce_consume",

@@ -80,6 +80,9 @@ class ConcurrencyLimiter:
         self._rejected = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    def __repr__(self) -> str:
+        return f"ConcurrencyLimiter(limit={self._limit})"
+
     async def acquire(self) -> None:
         """Take a slot; wait in line until one is free.
 

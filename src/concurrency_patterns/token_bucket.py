@@ -69,6 +69,7 @@ class TokenBucket:
         check_positive("rate", rate)
         check_count("capacity", capacity)
         self._level = _Level(rate, capacity)
+        self._rate = rate
         self._capacity = capacity
         self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
         self._queued = 0  # tokens that those in line wait for
@@ -76,6 +77,9 @@ class TokenBucket:
         self._granted = 0
         self._rejected = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        return f"TokenBucket(rate={self._rate!r}, capacity={self._capacity})"
 
     async def acquire(self, n: int = 1, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- refuses early, which asyncio.timeout cannot
         """Take ``n`` tokens; wait in line until they are there.
