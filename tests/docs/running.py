@@ -20,7 +20,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
 
 from concurrency_patterns.testing import START, VirtualTimeLoop, virtual_time
@@ -58,7 +58,7 @@ class Outcome:
 def run_here(program: Program, limit: float = LIMIT_HERE) -> Outcome:
     """Run a program in this process, in a fresh ``__main__``, on the virtual clock."""
     printed, complaints = io.StringIO(), io.StringIO()
-    stopwatch = Stopwatch()
+    watch = Watch(limit)
     error = ""
     with (
         contextlib.redirect_stdout(printed),
@@ -67,21 +67,19 @@ def run_here(program: Program, limit: float = LIMIT_HERE) -> Outcome:
         fresh_logging(),
         fresh_main() as namespace,
         virtual_time(),
-        stopwatch,
     ):
         warnings.simplefilter("error")
         try:
             code = compile(program.at_its_line, program.path, "exec", dont_inherit=True)
-            with time_limit(limit):
+            with watch:
                 exec(code, namespace)  # noqa: S102 -- running the page is what this is for
         except SystemExit as exit_:
             error = f"the program ends with exit status {exit_.code}" if exit_.code else ""
         except BaseException as raised:  # noqa: BLE001 -- whatever it is, it is the page's
             error = trimmed(raised, program.path)
-            del raised
         namespace.clear()
         gc.collect()  # an exception in a finalizer, a coroutine never awaited: now, not later
-    return Outcome(printed.getvalue(), error or told_on_stderr(complaints), stopwatch.simulated)
+    return Outcome(printed.getvalue(), error or told_on_stderr(complaints), watch.simulated)
 
 
 def told_on_stderr(complaints: io.StringIO) -> str:
@@ -102,27 +100,59 @@ def trimmed(error: BaseException, path: str) -> str:
     return "".join(told.format())
 
 
-class Stopwatch:
-    """Add up the seconds that the virtual clocks have simulated."""
+class Watch:
+    """Adds up the seconds that the virtual clocks simulate, and ends what computes for too long.
 
-    def __init__(self) -> None:
+    A loop that goes on for ever is ended between two of its steps, where nothing is half done.
+    Only what stays inside of one step is interrupted wherever it is.
+    """
+
+    def __init__(self, limit: float) -> None:
         self.simulated = 0.0
-        self._close = VirtualTimeLoop.close
-        self._patch = mock.patch.object(VirtualTimeLoop, "close", self._closing())
+        self.limit = limit
+        self.alarms = 0
+        self.stepped = False
 
-    def _closing(self) -> Any:
-        def close(loop: VirtualTimeLoop) -> None:
+    def __enter__(self) -> Self:
+        step, close = VirtualTimeLoop.begin_step, VirtualTimeLoop.close
+
+        def watched_step(loop: VirtualTimeLoop) -> bool:
+            self.stepped = True
+            if self.alarms:
+                raise self.too_long()
+            return step(loop)
+
+        def watched_close(loop: VirtualTimeLoop) -> None:
             if not loop.is_closed():
                 self.simulated += loop.now - START
-            self._close(loop)
+            close(loop)
 
-        return close
-
-    def __enter__(self) -> None:
+        self._patch = mock.patch.multiple(
+            VirtualTimeLoop, begin_step=watched_step, close=watched_close
+        )
         self._patch.start()
+        self._handler = signal.signal(signal.SIGALRM, self.alarm)
+        self._timer = signal.setitimer(signal.ITIMER_REAL, self.limit, 0.1)
+        return self
+
+    def alarm(self, *_: object) -> None:
+        """Interrupt the program if its loop has made no step since the last alarm."""
+        self.alarms += 1
+        stands_still, self.stepped = not self.stepped, False
+        if self.alarms > 1 and stands_still:
+            raise self.too_long()
+
+    def too_long(self) -> TookTooLong:
+        """Return what ends the program."""
+        return TookTooLong(f"stopped after {self.limit:g} s of computing: it does not end")
 
     def __exit__(self, *_: object) -> None:
-        self._patch.stop()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # even if an alarm came just then
+            signal.signal(signal.SIGALRM, self._handler)
+            signal.setitimer(signal.ITIMER_REAL, *self._timer)  # pytest-timeout's
+            self._patch.stop()
 
 
 @contextlib.contextmanager
@@ -155,22 +185,6 @@ def fresh_logging() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt what computes for longer than ``seconds``, again each second if it goes on."""
-
-    def stop(*_: object) -> None:
-        raise TookTooLong(f"stopped after {seconds:g} s of computing: the program does not end")
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)  # pytest-timeout's
-        signal.signal(signal.SIGALRM, handler)
-
-
 def run_script(program: Program, limit: float = LIMIT_SCRIPT) -> Outcome:
     """Run a program as its reader would: as a file, in a fresh interpreter, on the real clock.
 
@@ -179,7 +193,7 @@ def run_script(program: Program, limit: float = LIMIT_SCRIPT) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "program.py")
         script.write_text(program.at_its_line, encoding="utf-8")
-        process = subprocess.Popen(  # noqa: S603 -- our own page
+        process = subprocess.Popen(
             [sys.executable, "-I", "-X", "utf8", "-W", "error", str(script)],
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -193,7 +207,7 @@ def run_script(program: Program, limit: float = LIMIT_SCRIPT) -> Outcome:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             printed, _ = process.communicate()
-            return Outcome(printed, f"stopped after {limit:g} s: the program does not end")
+            return Outcome(printed, f"stopped after {limit:g} s: it does not end")
         finally:
             with contextlib.suppress(ProcessLookupError):  # children that it left behind
                 os.killpg(process.pid, signal.SIGKILL)
