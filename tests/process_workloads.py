@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 
 def double(number):
@@ -22,9 +23,12 @@ def pid_and(item):
     return os.getpid(), item
 
 
-def slow_first(number):
-    """Return the number; the first one takes longer."""
-    time.sleep(0.2 if number == 0 else 0)
+def first_waits_for(path, who, number):
+    """Return the number; 0 waits until ``who`` has made the file."""
+    if number == 2 and who == "last item":
+        Path(path).touch()
+    while number == 0 and not Path(path).exists():
+        time.sleep(0.001)
     return number
 
 
@@ -132,11 +136,13 @@ def size_of(data):
     return len(data)
 
 
-def fork_and_die():
+def fork_and_die(path):
     """Die, but leave a child behind that lives on."""
-    if os.fork() == 0:
-        time.sleep(3)
+    child = os.fork()
+    if child == 0:
+        time.sleep(100)
         os._exit(0)
+    Path(path).write_text(str(child))
     os._exit(4)
 
 
