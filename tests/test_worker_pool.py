@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import weakref
 
 import pytest
 
-from concurrency_patterns.errors import PatternError, PoolClosed
+from concurrency_patterns.errors import DeadlineExceeded, PatternError, PoolClosed, QueueFull
 from concurrency_patterns.testing import explore_cancellation, run_virtual
+from concurrency_patterns.token_bucket import TokenBucket
 from concurrency_patterns.worker_pool import WorkerPool, bounded_map
 
 
@@ -390,3 +392,201 @@ async def test_bounded_map_refuses_a_limit_below_one():
     """A limit of zero is refused at once."""
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         await bounded_map(double, [], limit=0)
+
+
+async def test_submit_nowait_refuses_when_the_queue_is_full():
+    """Submitting without waiting raises QueueFull instead, and takes what there is room for."""
+    async with WorkerPool(workers=1, queue_size=1) as pool:
+        accepted = pool.submit_nowait(double, 1)
+        with pytest.raises(QueueFull):
+            pool.submit_nowait(double, 2)
+
+        assert await accepted == 2
+
+
+async def test_a_lower_priority_level_is_taken_first():
+    """Workers take urgent tasks first, and tasks of one level in their order."""
+    order = []
+
+    async def note(name):
+        order.append(name)
+
+    async with WorkerPool(workers=1) as pool:
+        await pool.priority(5).submit(note, "later")
+        await pool.submit(note, "normal 1")
+        await pool.submit(note, "normal 2")
+        await pool.priority(-1).submit(note, "urgent")
+        pool.priority(5).submit_nowait(note, "last")
+
+    assert order == ["urgent", "normal 1", "normal 2", "later", "last"]
+
+
+async def test_a_task_that_takes_too_long_fails_alone():
+    """The time limit of the tasks fails the slow one and keeps the worker."""
+    async with WorkerPool(workers=1, task_timeout=1) as pool:
+        slow = await pool.submit(asyncio.sleep, 3600)
+        quick = await pool.submit(double, 1)
+
+        with pytest.raises(DeadlineExceeded):
+            await slow
+        assert await quick == 2
+
+
+async def test_a_pool_with_a_limiter_starts_tasks_at_its_rate():
+    """With a token bucket of 5 a second and ample workers, tasks start 0.2 s apart."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    times = []
+
+    async def note():
+        times.append(round(loop.time() - start, 6))
+
+    async with WorkerPool(workers=4, limiter=TokenBucket(rate=5, capacity=1)) as pool:
+        for _ in range(4):
+            await pool.submit(note)
+
+    assert times == [0.0, 0.2, 0.4, 0.6]
+
+
+async def test_the_time_limit_of_a_task_begins_after_the_limiter():
+    """Waiting for the limiter does not use up the time of the task."""
+    bucket = TokenBucket(rate=0.1, capacity=1)
+    async with WorkerPool(workers=2, task_timeout=1, limiter=bucket) as pool:
+        handles = [await pool.submit(double, number) for number in range(3)]
+
+        assert [await handle for handle in handles] == [0, 2, 4]
+
+
+async def test_a_pool_that_grows_runs_more_at_once():
+    """New workers begin at once with what is queued."""
+    async with WorkerPool(workers=1) as pool:
+        for _ in range(4):
+            await pool.submit(asyncio.sleep, 10)
+        await asyncio.sleep(1)
+        assert pool.statistics().busy == 1
+        pool.resize(3)
+        await asyncio.sleep(1)
+        assert pool.statistics().busy == 3
+
+
+async def test_t41_a_pool_that_shrinks_while_all_are_busy_does_not_wait():
+    """T41: shrinking returns at once; the surplus workers end with their tasks."""
+    async with WorkerPool(workers=4) as pool:
+        handles = [await pool.submit(asyncio.sleep, 1) for _ in range(8)]
+        await asyncio.sleep(0)
+        pool.resize(1)
+        assert pool.statistics().busy == 4
+        await asyncio.sleep(1.5)
+        assert pool.statistics().workers == pool.statistics().busy == 1
+
+    assert all(handle.done() for handle in handles)
+
+
+async def test_idle_workers_that_are_too_many_end_and_the_others_go_on():
+    """Shrinking an idle pool leaves workers that still take tasks."""
+    async with WorkerPool(workers=4) as pool:
+        await asyncio.sleep(1)
+        pool.resize(2)
+        await asyncio.sleep(1)
+        assert pool.statistics().workers == 2
+        assert await (await pool.submit(double, 1)) == 2
+
+
+async def test_close_with_a_grace_cancels_what_is_not_done_in_time():
+    """A bounded close drains for its time and cancels the rest."""
+    pool = WorkerPool(workers=1)
+    async with pool:
+        quick = await pool.submit(double, 1)
+        slow = await pool.submit(asyncio.sleep, 3600)
+        queued = await pool.submit(double, 2)
+        await pool.close(grace=5)
+
+        assert (quick.result(), slow.cancelled(), queued.cancelled()) == (2, True, True)
+        with pytest.raises(PoolClosed):
+            await pool.submit(double, 3)
+
+
+async def test_a_submitter_that_waits_when_the_pool_is_cancelled_is_told():
+    """Whoever waits for room when the block fails gets PoolClosed, not silence."""
+    with pytest.raises(OSError, match="block"):
+        async with WorkerPool(workers=1, queue_size=1) as pool:
+            await pool.submit(asyncio.sleep, 3600)
+            await asyncio.sleep(0)
+            await pool.submit(asyncio.sleep, 3600)
+            waiting = asyncio.create_task(pool.submit(double, 3))
+            await asyncio.sleep(0)
+            raise OSError("block")
+
+    with pytest.raises(PoolClosed):
+        await waiting
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_map_can_return_or_skip_errors(ordered):
+    """An error can stand in the place of the result, or be left out."""
+
+    async def odd(number):
+        if number % 2:
+            raise OSError(number)
+        return number
+
+    async with WorkerPool(workers=1) as pool:
+        returned = [
+            str(result)
+            async for result in pool.map(odd, range(4), ordered=ordered, on_error="return")
+        ]
+        skipped = [
+            result async for result in pool.map(odd, range(4), ordered=ordered, on_error="skip")
+        ]
+        with pytest.raises(ValueError, match="on_error must be"):
+            await anext(pool.map(odd, range(4), on_error="ignore"))
+
+    assert returned == ["0", "1", "2", "3"]
+    assert skipped == [0, 2]
+
+
+async def test_map_tells_a_cancelled_error_that_nobody_asked_for():
+    """An item that raises CancelledError by itself is an error, not a missing result."""
+
+    async def odd(number):
+        raise asyncio.CancelledError
+
+    async with WorkerPool(workers=2) as pool:
+        with pytest.raises(PatternError, match="by itself"):
+            await anext(pool.map(odd, range(4)))
+
+
+def test_t2_cancelled_at_any_step_a_map_leaves_no_task_and_the_pool_goes_on():
+    """T2: whichever task of a map is cancelled, nothing of it runs on and the pool ends."""
+
+    async def source():
+        for number in range(4):
+            yield number
+            await asyncio.sleep(0.1)
+
+    async def scenario(got):
+        async with WorkerPool(workers=2) as pool:
+            async for result in pool.map(double, source()):
+                got.append(result)
+            async for result in pool.map(double, range(4), ordered=False):
+                got.append(result)
+
+    assert explore_cancellation(list, scenario, lambda _: True) > 20
+
+
+async def test_t40_the_memory_of_a_map_does_not_grow_with_its_items():
+    """T40: between the source and the reader there are never more jobs than the window."""
+    alive = weakref.WeakSet()
+
+    class Item:
+        def __init__(self):
+            alive.add(self)
+
+    async def take(item):
+        return None
+
+    most = 0
+    async with WorkerPool(workers=3) as pool:
+        async for _ in pool.map(take, (Item() for _ in range(20_000))):
+            most = max(most, len(alive))
+    assert most <= 2 * 3 + 3

@@ -562,7 +562,7 @@ class _Stream:
     ) -> None:
         self.fn = fn
         self.pool = pool
-        self.failure: Exception | None = None  # of the source
+        self.failure: BaseException | None = None  # of the source
         self._ordered = ordered
         self._started: deque[_StreamJob] = deque()  # in the order of the items
         self._ready: deque[_StreamJob] = deque()  # in the order of their ends, if that matters
@@ -574,6 +574,7 @@ class _Stream:
         self._feeder: asyncio.Task[None] | None = None
         if isinstance(source, AsyncIterable):
             self._feeder = asyncio.create_task(self._feed(source), name="map feeder")
+            self._feeder.add_done_callback(self._on_fed)
         else:
             self._items = iter(source)
             self._read_ahead()
@@ -636,17 +637,19 @@ class _Stream:
 
     async def _feed(self, source: AsyncIterable[Any]) -> None:
         """Read an asynchronous source as far as the window allows."""
-        try:
-            async with _reading(source) as items:
+        async with _reading(source) as items:
+            await self._wait_for_room()
+            async for item in items:
+                self._start(item)
                 await self._wait_for_room()
-                async for item in items:
-                    self._start(item)
-                    await self._wait_for_room()
-        except Exception as error:  # noqa: BLE001 -- raised behind what the source gave
-            self.failure = error
-        finally:
-            self._reading = False
-            self._wake_reader()
+
+    def _on_fed(self, feeder: asyncio.Task[None]) -> None:
+        if feeder.cancelled():
+            self.failure = PatternError("the source raised CancelledError by itself")
+        else:
+            self.failure = feeder.exception()
+        self._reading = False
+        self._wake_reader()
 
     async def _wait_for_room(self) -> None:
         while not self._has_room():
