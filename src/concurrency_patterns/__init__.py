@@ -1,7 +1,7 @@
 """Concurrency patterns for Python that hold under cancellation, failure and load."""
 
 from .channel import Channel, produce_consume
-from .circuit_breaker import CircuitBreaker, CircuitState
+from .circuit_breaker import CircuitBreaker, CircuitState, FailureRate
 from .compose import Composition, OrderWarning, compose
 from .concurrency_limiter import ConcurrencyLimiter
 from .errors import (
@@ -58,6 +58,7 @@ __all__ = [
     "DecorrelatedJitter",
     "EqualJitter",
     "Exponential",
+    "FailureRate",
     "Fallback",
     "Fixed",
     "FullJitter",
