@@ -235,11 +235,11 @@ class _Attempt:
             subject = setup()
             loop.set_task_factory(self._record)
             loop.on_step = self._maybe_cancel
-            task = loop.create_task(scenario(subject), name="scenario")
+            task = loop.create_task(scenario(subject))
             await asyncio.wait([task])
             loop.on_step = None
             loop.set_task_factory(None)
-            left = [task.get_name() for task in self.tasks if not task.done()]
+            left = [_function(task) for task in self.tasks if not task.done()]
             if left:
                 raise CancellationFault(f"{self}: still running: {', '.join(left)}")
             for ended in self.tasks:
@@ -277,5 +277,10 @@ class _Attempt:
     def __str__(self) -> str:
         if not self.cancelled:
             return "without any cancellation"
-        name = self.tasks[self.victim].get_name()
+        name = _function(self.tasks[self.victim])
         return f"task {self.victim} ({name}) cancelled at its step {self.step}, at {self.stood}"
+
+
+def _function(task: asyncio.Task[Any]) -> str:
+    """Return the name of the function that a task runs: the names of tasks differ from run to run."""
+    return getattr(task.get_coro(), "__name__", task.get_name())
