@@ -590,3 +590,25 @@ async def test_t40_the_memory_of_a_map_does_not_grow_with_its_items():
         async for _ in pool.map(take, (Item() for _ in range(20_000))):
             most = max(most, len(alive))
     assert most <= 2 * 3 + 3
+
+
+async def test_a_map_that_outlives_its_pool_ends_with_pool_closed():
+    """What was started is still yielded; then the map raises instead of waiting for ever."""
+    got = []
+    async with WorkerPool(workers=1) as pool:
+        results = pool.map(double, range(10))
+        got.append(await anext(results))
+    with pytest.raises(PoolClosed):
+        async for result in results:
+            got.append(result)
+
+    assert got == [0, 2, 4]
+
+
+async def test_a_priority_serves_the_pool_again_after_it_was_reopened():
+    """A submitter of one `async with` works in the next one."""
+    pool = WorkerPool(workers=1)
+    async with pool:
+        urgent = pool.priority(-1)
+    async with pool:
+        assert await (await urgent.submit(double, 2)) == 4

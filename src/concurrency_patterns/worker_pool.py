@@ -225,13 +225,7 @@ class WorkerPool:
         """
         check_count("level", level, least=-(2**31))
         self._check_open()
-        for known, line in self._lines:
-            if known == level:
-                return Submitter(self, line)
-        line = deque()
-        self._lines.append((level, line))
-        self._lines.sort(key=lambda pair: pair[0])
-        return Submitter(self, line)
+        return Submitter(self, level)
 
     async def map(
         self,
@@ -340,6 +334,15 @@ class WorkerPool:
         if self._idle:
             _wake(self._idle, 1)
 
+    def _line_of(self, level: int) -> deque[_Job]:
+        for known, line in self._lines:
+            if known == level:
+                return line
+        line = deque()
+        self._lines.append((level, line))
+        self._lines.sort(key=lambda pair: pair[0])
+        return line
+
     def _next_job(self) -> _Job | None:
         for _, line in self._lines:
             while line:
@@ -418,21 +421,21 @@ class WorkerPool:
 class Submitter:
     """Submits tasks of one priority; :meth:`WorkerPool.priority` makes it."""
 
-    def __init__(self, pool: WorkerPool, line: deque[_Job]) -> None:
+    def __init__(self, pool: WorkerPool, level: int) -> None:
         self._pool = pool
-        self._line = line
+        self._level = level
 
     async def submit(
         self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> TaskHandle[R]:
         """Submit as :meth:`WorkerPool.submit` does, with this priority."""
-        return await self._pool._submit(self._line, fn, args, kwargs)
+        return await self._pool._submit(self._pool._line_of(self._level), fn, args, kwargs)
 
     def submit_nowait(
         self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> TaskHandle[R]:
         """Submit as :meth:`WorkerPool.submit_nowait` does, with this priority."""
-        return self._pool._submit_nowait(self._line, fn, args, kwargs)
+        return self._pool._submit_nowait(self._pool._line_of(self._level), fn, args, kwargs)
 
 
 class TaskHandle(asyncio.Future[R], Generic[R]):
@@ -619,6 +622,7 @@ class _Stream:
         return self._out < 2 * self.pool._size
 
     def _start(self, item: Any) -> None:
+        self.pool._check_open()  # it may have been closed between two results
         job = _StreamJob(self, item)
         self._out += 1
         self._started.append(job)
