@@ -282,5 +282,5 @@ class _Attempt:
 
 
 def _function(task: asyncio.Task[Any]) -> str:
-    """Return the name of the function that a task runs: the names of tasks differ from run to run."""
+    """Return the name of what a task runs: its own name differs from run to run."""
     return getattr(task.get_coro(), "__name__", task.get_name())
