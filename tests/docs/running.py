@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import types
 import warnings
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from programs import Program
 
 LIMIT_HERE = 10.0  # seconds of computing: sleeping takes none
-LIMIT_SCRIPT = 25.0
+LIMIT_SCRIPT = 19.0
 
 
 class TookTooLong(KeyboardInterrupt):
@@ -48,6 +47,7 @@ class Outcome:
     printed: str
     error: str = ""
     simulated: float = 0.0
+    stopped: bool = False
 
     @property
     def shown(self) -> str:
@@ -207,7 +207,8 @@ def run_script(program: Program, limit: float = LIMIT_SCRIPT) -> Outcome:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             printed, _ = process.communicate()
-            return Outcome(printed, f"stopped after {limit:g} s: it does not end")
+            told = f"stopped after {limit:g} s: it does not end"
+            return Outcome(printed, told, stopped=True)
         finally:
             with contextlib.suppress(ProcessLookupError):  # children that it left behind
                 os.killpg(process.pid, signal.SIGKILL)
@@ -230,6 +231,7 @@ class Scripts:
         self.again = 0
         self._workers = workers
         self._free = threading.Semaphore(workers)
+        self._entrance = threading.Lock()  # kept shut while one runs alone
         self._pool = ThreadPoolExecutor(workers)
         self._started: dict[Program, Future[Outcome]] = {}
 
@@ -241,7 +243,8 @@ class Scripts:
     def outcome(self, program: Program) -> Outcome:
         """Wait for a program; one that fails beside others on a busy machine is run again alone."""
         outcome = self._started[program].result()
-        if outcome.error or outcome.shown != program.expected:
+        wrong = outcome.error or outcome.shown != program.expected
+        if wrong and not outcome.stopped:
             self.again += 1
             return self._run_alone(program)
         return outcome
@@ -251,12 +254,15 @@ class Scripts:
         self._pool.shutdown(cancel_futures=True)
 
     def _run_among_others(self, program: Program) -> Outcome:
-        with self._free:
+        with self._entrance:
+            self._free.acquire()
+        try:
             return run_script(program)
+        finally:
+            self._free.release()
 
     def _run_alone(self, program: Program) -> Outcome:
-        with contextlib.ExitStack() as whole:
+        with self._entrance, contextlib.ExitStack() as whole:
             for _ in range(self._workers):
                 whole.enter_context(self._free)
-            time.sleep(0.05)  # let the machine settle
             return run_script(program)
