@@ -23,7 +23,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from .errors import DeadlineExceeded, LocalRejection, check_count, check_positive, check_seconds
-from .timeout import FailScope, deadline, remaining
+from .timeout import FailScope, remaining
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -508,8 +508,10 @@ class _Run:
         policy = self._policy
         limit = math.inf if policy.attempt_timeout is None else policy.attempt_timeout
         if policy.max_elapsed is not None:
-            limit = min(limit, max(0.0, self._start + policy.max_elapsed - now))
-        return deadline(limit)
+            left = max(0.0, self._start + policy.max_elapsed - now)
+            if left < limit:
+                return FailScope(left, told=policy.max_elapsed)
+        return FailScope(limit)
 
     def after_error(self, error: Exception, now: float, *, cut_off: bool = False) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if there is none."""

@@ -149,9 +149,18 @@ class Scope:
 
 
 class FailScope(Scope):
-    """The block of a :func:`deadline`."""
+    """The block of a :func:`deadline`.
 
-    __slots__ = ()
+    Args:
+        seconds: The time for the block.
+        told: The time that the error names, if the block has only what is left of it.
+    """
+
+    __slots__ = ("_told",)
+
+    def __init__(self, seconds: float, told: float | None = None) -> None:
+        super().__init__(seconds)
+        self._told = seconds if told is None else told
 
     async def __aexit__(
         self,
@@ -160,8 +169,8 @@ class FailScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         if await self._cut_short(kind, error, traceback):
-            message = f"not done within {self.seconds:g} s"
-            raise DeadlineExceeded(message, seconds=self.seconds) from error
+            message = f"not done within {self._told:g} s"
+            raise DeadlineExceeded(message, seconds=self._told) from error
 
 
 class MoveOnScope(Scope):
