@@ -378,3 +378,191 @@ def test_the_textbook_sentinel_hangs_and_ours_does_not():
 
     with pytest.raises(Deadlock):
         run_virtual(textbook())
+
+
+async def test_t11_the_last_of_several_senders_closes_the_channel():
+    """T11: a sender that leaves early does not close the channel; the last one does."""
+    channel = Channel(10)
+    senders = [channel.sender() for _ in range(3)]
+
+    async def produce(sender, count):
+        with sender:
+            for number in range(count):
+                await sender.send(number)
+
+    async with asyncio.TaskGroup() as group:
+        for count, sender in enumerate(senders):
+            group.create_task(produce(sender, count))
+        received = [item async for item in channel]
+
+    assert sorted(received) == [0, 0, 1]
+
+
+async def test_a_closed_end_cannot_be_used_any_more():
+    """A sender or receiver that was closed refuses, and closing it twice does nothing."""
+    channel = Channel(1)
+    first, _second = channel.sender(), channel.sender()
+    first.close()
+    first.close()
+
+    assert not channel.statistics().closed
+    with pytest.raises(ChannelClosed, match="this Sender is closed"):
+        await first.send(1)
+    with pytest.raises(ChannelClosed, match="this Sender is closed"):
+        first.send_nowait(1)
+
+
+async def test_a_sender_learns_that_all_receivers_are_gone():
+    """When the last receiver leaves, a waiting sender gets an error, and the items can be told."""
+    channel = Channel(1)
+    receivers = [channel.receiver() for _ in range(2)]
+    await channel.send("left")
+    waiting = asyncio.create_task(channel.send("never sent"))
+    await asyncio.sleep(0)
+    receivers[0].close()
+    assert not channel.statistics().closed
+    with receivers[1]:
+        pass
+
+    with pytest.raises(ChannelClosed, match="all receivers are closed"):
+        await waiting
+    assert channel.receive_nowait() == "left"
+
+
+async def test_a_receiver_iterates_until_the_channel_is_closed_and_empty():
+    """A receiver receives, without waiting too, and its iteration ends with the channel."""
+    channel = Channel(3)
+    for number in range(3):
+        channel.send_nowait(number)
+    channel.close()
+    with channel.receiver() as receiver:
+        assert await receiver.receive() == 0
+        assert receiver.receive_nowait() == 1
+        assert [item async for item in receiver] == [2]
+
+
+@pytest.mark.parametrize(
+    ("overflow", "kept", "dropped"),
+    [("drop_oldest", [3, 4], [0, 1, 2]), ("drop_newest", [0, 1], [2, 3, 4])],
+)
+async def test_a_full_channel_drops_and_tells_what(overflow, kept, dropped):
+    """The drop policies never wait; each dropped item is counted and reported."""
+    told = []
+    channel = Channel(2, overflow=overflow, on_drop=told.append)
+    for number in range(4):
+        await channel.send(number)
+    channel.send_nowait(4)
+    channel.close()
+
+    assert [item async for item in channel] == kept
+    assert told == dropped
+    assert channel.statistics().dropped == 3
+
+
+async def test_a_full_channel_can_reject_at_once():
+    """With the policy reject, a send into a full channel raises instead of waiting."""
+    channel = Channel(1, overflow="reject")
+    await channel.send(1)
+
+    with pytest.raises(QueueFull):
+        await channel.send(2)
+
+
+def test_an_unknown_overflow_policy_is_refused():
+    """A policy that does not exist is refused when the channel is made."""
+    with pytest.raises(ValueError, match=r"overflow must be 'wait', .* got 'drop'"):
+        Channel(1, overflow="drop")
+
+
+async def test_batches_are_bounded_by_size_and_by_time():
+    """A batch is given out when it is full, when its time is over, or at the end."""
+    channel = Channel(10)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    seen = []
+
+    async def send():
+        for number in range(5):
+            await channel.send(number)
+        await asyncio.sleep(3)
+        await channel.send(5)
+        await asyncio.sleep(3)
+        await channel.send(6)
+        channel.close()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(send())
+        async for batch in channel.batches(max_size=3, max_wait=1):
+            seen.append((loop.time() - start, batch))
+
+    assert seen == [(0.0, [0, 1, 2]), (1.0, [3, 4]), (4.0, [5]), (6.0, [6])]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"max_size": 0, "max_wait": 1}, {"max_size": 1, "max_wait": -1}]
+)
+async def test_senseless_batches_are_refused(arguments):
+    """A batch of nothing and a negative wait are refused."""
+    with pytest.raises(ValueError, match="max_"):
+        await anext(Channel(1).batches(**arguments))
+
+
+async def test_an_item_that_arrives_as_a_batch_is_given_out_is_not_lost():
+    """The item that comes in the step in which the time is over goes into the next batch."""
+    channel = Channel(10)
+    loop = asyncio.get_running_loop()
+    await channel.send("first")
+    loop.call_later(1, channel.send_nowait, "second")
+    loop.call_later(2, channel.close)
+
+    batches = [batch async for batch in channel.batches(max_size=5, max_wait=1)]
+    assert [item for batch in batches for item in batch] == ["first", "second"]
+
+
+async def test_produce_consume_tells_what_was_not_handled():
+    """After a failure, every item that was read is either handled or told as unhandled."""
+    read, handled, unhandled = [], [], []
+
+    def source():
+        for number in range(100):
+            read.append(number)
+            yield number
+
+    async def handle(item):
+        await asyncio.sleep(0.1)
+        if item == 7:
+            raise OSError(item)
+        handled.append(item)
+
+    with pytest.raises(ExceptionGroup):
+        await produce_consume(source(), handle, consumers=3, capacity=4, unhandled=unhandled)
+
+    assert 7 in unhandled
+    assert sorted(handled + unhandled) == read
+
+
+def test_cancelled_at_any_step_no_item_of_produce_consume_is_lost():
+    """T2: whichever task is cancelled, every item that was read is handled or told."""
+
+    class Run:
+        def __init__(self):
+            self.read, self.handled, self.unhandled = [], [], []
+
+        def source(self):
+            for number in range(4):
+                self.read.append(number)
+                yield number
+
+        async def handle(self, item):
+            await asyncio.sleep(1)
+            self.handled.append(item)
+
+        def whole(self):
+            return sorted(self.handled + self.unhandled) == self.read
+
+    async def scenario(run):
+        await produce_consume(
+            run.source(), run.handle, consumers=2, capacity=1, unhandled=run.unhandled
+        )
+
+    assert explore_cancellation(Run, scenario, Run.whole) > 20

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import AsyncIterable
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from .errors import ChannelClosed, ChannelEmpty, PatternError, QueueFull, check_count, check_loop
+from .errors import (
+    ChannelClosed,
+    ChannelEmpty,
+    PatternError,
+    QueueFull,
+    check_count,
+    check_loop,
+    check_seconds,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterable,
+    )
     from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
 
-__all__ = ["Channel", "ChannelStatistics", "produce_consume"]
+__all__ = ["Channel", "ChannelStatistics", "Receiver", "Sender", "produce_consume"]
 
 T = TypeVar("T")
 
@@ -30,6 +46,7 @@ class ChannelStatistics:
         peak: The most it has ever held.
         sent: How many items were sent into it.
         received: How many of them were taken out.
+        dropped: How many items were dropped because it was full.
         waiting_senders: How many tasks wait for room.
         waiting_receivers: How many tasks wait for an item.
         closed: Whether it is closed.
@@ -40,6 +57,7 @@ class ChannelStatistics:
     peak: int
     sent: int
     received: int
+    dropped: int
     waiting_senders: int
     waiting_receivers: int
     closed: bool
@@ -58,9 +76,13 @@ class Channel(Generic[T]):
 
     Args:
         capacity: How many items may wait in the channel.
+        overflow: What :meth:`send` does when it is full: ``"wait"`` for room, ``"reject"`` the
+            item with :exc:`~concurrency_patterns.errors.QueueFull`, ``"drop_oldest"`` to make
+            room, or ``"drop_newest"``, which is the item itself.
+        on_drop: Called with each item that is dropped.
 
     Raises:
-        ValueError: If ``capacity`` is below 1.
+        ValueError: If ``capacity`` is below 1, or ``overflow`` none of these words.
 
     This is the bounded buffer of Dijkstra (EWD 123, 1965) with the closing of CSP's descendants
     (Go, Trio).
@@ -70,40 +92,59 @@ class Channel(Generic[T]):
     # that is woken is only promised an item or a slot; if it is cancelled before it runs, the
     # promise goes to the next in line, and nothing was in flight that could have been lost.
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        overflow: Literal["wait", "reject", "drop_oldest", "drop_newest"] = "wait",
+        on_drop: Callable[[T], object] | None = None,
+    ) -> None:
         check_count("capacity", capacity)
+        if overflow not in {"wait", "reject", "drop_oldest", "drop_newest"}:
+            raise ValueError(
+                "overflow must be 'wait', 'reject', 'drop_oldest' or 'drop_newest', "
+                f"got {overflow!r}"
+            )
         self._capacity = capacity
+        self._overflow = overflow
+        self._on_drop = on_drop
         self._buffer: deque[T] = deque()
         self._ready = 0  # items in the buffer that are not promised to a receiver
         self._free = capacity  # slots not taken and not promised to a sender
         self._senders: deque[asyncio.Future[None]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
-        self._closed = False
+        self._open_senders = 0
+        self._open_receivers = 0
+        self._closed = ""  # why
         self._sent = 0
-        self._peak = 0
+        self._least_free = capacity
+        self._dropped = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send(self, item: T) -> None:
-        """Put an item into the channel; wait while it is full.
+        """Put an item into the channel; wait while it is full, or do what ``overflow`` says.
 
         Args:
             item: What to send.
 
         Raises:
             ChannelClosed: If the channel is closed, before or while this call waits.
+            QueueFull: If it is full and ``overflow`` is ``"reject"``.
         """
         if asyncio.get_running_loop() is not self._loop:
             self._bind()
         if self._closed:
-            raise ChannelClosed("send on a closed channel")
+            raise ChannelClosed(self._closed)
         if self._free > 0:
             self._free -= 1
-        else:
+        elif self._overflow == "wait":
             await self._wait_for_slot()
+        elif not self._make_room(item):
+            return
         self._put(item)
 
     def send_nowait(self, item: T) -> None:
-        """Put an item into the channel if there is room at once.
+        """Put an item into the channel if there is room at once, or do what ``overflow`` says.
 
         Args:
             item: What to send.
@@ -113,10 +154,11 @@ class Channel(Generic[T]):
             ChannelClosed: If the channel is closed.
         """
         if self._closed:
-            raise ChannelClosed("send on a closed channel")
-        if self._free <= 0:
-            raise QueueFull(f"the channel is full: capacity {self._capacity}")
-        self._free -= 1
+            raise ChannelClosed(self._closed)
+        if self._free > 0:
+            self._free -= 1
+        elif not self._make_room(item):
+            return
         self._put(item)
 
     async def receive(self) -> T:
@@ -132,7 +174,10 @@ class Channel(Generic[T]):
             self._bind()
         if self._ready > 0:
             self._ready -= 1
-            self._offer_slot()
+            if self._senders:
+                self._offer_slot()
+            else:
+                self._free += 1
         else:
             await self._wait_for_item()
         return self._buffer.popleft()
@@ -152,22 +197,17 @@ class Channel(Generic[T]):
             self._offer_slot()
             return self._buffer.popleft()
         if self._closed:
-            raise ChannelClosed("receive on a channel that is closed and empty")
+            raise ChannelClosed(self._closed)
         raise ChannelEmpty("the channel holds no item that is not promised")
 
     def close(self) -> None:
         """Say that nothing more will be sent.
 
-        Waiting senders get :exc:`ChannelClosed`, what is in the channel can still be received,
-        and then every receiver gets :exc:`ChannelClosed` and every ``async for`` ends. Closing
-        a closed channel does nothing.
+        Waiting senders get :exc:`~concurrency_patterns.errors.ChannelClosed`, what is in the
+        channel can still be received, and then every receiver gets that error and every
+        ``async for`` ends. Closing a closed channel does nothing.
         """
-        self._closed = True
-        for line in (self._senders, self._receivers):
-            while line:
-                waiter = line.popleft()
-                if not waiter.done():
-                    waiter.set_exception(ChannelClosed("the channel was closed"))
+        self._close("the channel is closed")
 
     def __aiter__(self) -> Channel[T]:
         """Return the channel: iterating receives until it is closed and empty."""
@@ -179,17 +219,63 @@ class Channel(Generic[T]):
         except ChannelClosed:
             raise StopAsyncIteration from None
 
+    async def batches(self, max_size: int, max_wait: float) -> AsyncIterator[list[T]]:
+        """Receive items in batches, until the channel is closed and empty.
+
+        Args:
+            max_size: How many items a batch holds at most.
+            max_wait: How many seconds after its first item a batch is given out at the latest.
+
+        Yields:
+            Batches of at least one item.
+
+        Raises:
+            ValueError: If ``max_size`` is below 1, or ``max_wait`` negative or not finite.
+        """
+        check_count("max_size", max_size)
+        check_seconds("max_wait", max_wait)
+        async for first in self:
+            batch = [first]
+            try:
+                async with asyncio.timeout(max_wait) as scope:
+                    while len(batch) < max_size:
+                        batch.append(await self.receive())
+            except ChannelClosed:
+                pass
+            except TimeoutError:
+                if not scope.expired():
+                    raise
+            yield batch
+
+    def sender(self) -> Sender[T]:
+        """Return one of several senders; when the last of them is closed, the channel closes.
+
+        Make all of them before the first one can be closed.
+        """
+        self._open_senders += 1
+        return Sender(self)
+
+    def receiver(self) -> Receiver[T]:
+        """Return one of several receivers; when the last of them is closed, the channel closes.
+
+        Then senders get :exc:`~concurrency_patterns.errors.ChannelClosed` instead of waiting for
+        room that nobody will make, and :meth:`receive_nowait` still gives what was left.
+        """
+        self._open_receivers += 1
+        return Receiver(self)
+
     def statistics(self) -> ChannelStatistics:
         """Return what the channel holds and has seen."""
         return ChannelStatistics(
             capacity=self._capacity,
             buffered=len(self._buffer),
-            peak=self._peak,
+            peak=self._capacity - self._least_free,
             sent=self._sent,
             received=self._sent - len(self._buffer),
+            dropped=self._dropped,
             waiting_senders=len(self._senders),
             waiting_receivers=len(self._receivers),
-            closed=self._closed,
+            closed=bool(self._closed),
         )
 
     def _bind(self) -> None:
@@ -199,13 +285,37 @@ class Channel(Generic[T]):
         self._ready = len(self._buffer)
         self._free = self._capacity - self._ready
 
+    def _close(self, reason: str) -> None:
+        self._closed = self._closed or reason
+        for line in (self._senders, self._receivers):
+            while line:
+                waiter = line.popleft()
+                if not waiter.done():
+                    waiter.set_exception(ChannelClosed(reason))
+
     def _put(self, item: T) -> None:
         self._buffer.append(item)
         self._sent += 1
-        held = self._capacity - self._free
-        if held > self._peak:  # noqa: PLR1730 -- max() doubles the time of a send
-            self._peak = held
-        self._offer_item()
+        if self._free < self._least_free:  # noqa: PLR1730 -- min() adds a tenth to a send
+            self._least_free = self._free
+        if self._receivers:
+            self._offer_item()
+        else:
+            self._ready += 1
+
+    def _make_room(self, item: T) -> bool:
+        """Do what ``overflow`` says; tell whether there is room for the item now."""
+        if self._overflow in {"wait", "reject"}:
+            raise QueueFull(f"the channel is full: capacity {self._capacity}")
+        self._dropped += 1
+        dropped = item
+        if self._overflow == "drop_oldest":
+            self._ready -= 1  # a full channel has an item that is not promised
+            dropped = self._buffer.popleft()
+            self._sent -= 1
+        if self._on_drop is not None:
+            self._on_drop(dropped)
+        return self._overflow == "drop_oldest"
 
     async def _wait_for_slot(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
@@ -217,11 +327,11 @@ class Channel(Generic[T]):
                 self._offer_slot()
             raise
         if self._closed:
-            raise ChannelClosed("the channel was closed")
+            raise ChannelClosed(self._closed)
 
     async def _wait_for_item(self) -> None:
         if self._closed:
-            raise ChannelClosed("receive on a channel that is closed and empty")
+            raise ChannelClosed(self._closed)
         waiter = asyncio.get_running_loop().create_future()
         self._receivers.append(waiter)
         try:
@@ -244,6 +354,80 @@ class Channel(Generic[T]):
             self._offer_slot()  # what is promised takes no place any more
         else:
             self._ready += 1
+
+
+class _End(Generic[T]):
+    """One end of a channel, with a life of its own."""
+
+    def __init__(self, channel: Channel[T]) -> None:
+        self._channel = channel
+        self._closed = False
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the channel; a second time does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._leave()
+
+    def _leave(self) -> None:
+        raise NotImplementedError  # what it means depends on the end
+
+    def _check_open(self) -> Channel[T]:
+        if self._closed:
+            raise ChannelClosed(f"this {type(self).__name__} is closed")
+        return self._channel
+
+
+class Sender(_End[T]):
+    """One of several senders of a channel; :meth:`Channel.sender` makes it."""
+
+    def _leave(self) -> None:
+        self._channel._open_senders -= 1
+        if self._channel._open_senders == 0:
+            self._channel._close("all senders are closed")
+
+    async def send(self, item: T) -> None:
+        """Send as :meth:`Channel.send` does."""
+        await self._check_open().send(item)
+
+    def send_nowait(self, item: T) -> None:
+        """Send as :meth:`Channel.send_nowait` does."""
+        self._check_open().send_nowait(item)
+
+
+class Receiver(_End[T]):
+    """One of several receivers of a channel; :meth:`Channel.receiver` makes it."""
+
+    def _leave(self) -> None:
+        self._channel._open_receivers -= 1
+        if self._channel._open_receivers == 0:
+            self._channel._close("all receivers are closed")
+
+    async def receive(self) -> T:
+        """Receive as :meth:`Channel.receive` does."""
+        return await self._check_open().receive()
+
+    def receive_nowait(self) -> T:
+        """Receive as :meth:`Channel.receive_nowait` does."""
+        return self._check_open().receive_nowait()
+
+    def __aiter__(self) -> Receiver[T]:
+        """Return the receiver: iterating receives until the channel is closed and empty."""
+        return self
+
+    async def __anext__(self) -> T:
+        return await anext(self._check_open())
 
 
 def _wake_first(line: deque[asyncio.Future[None]]) -> bool:
@@ -270,6 +454,7 @@ async def produce_consume(
     *,
     consumers: int,
     capacity: int = 10,
+    unhandled: list[T] | None = None,
 ) -> None:
     """Handle every item of a source, several at a time, and end when all are handled.
 
@@ -280,6 +465,8 @@ async def produce_consume(
         handle: Called with each item, exactly once.
         consumers: How many items are handled at the same time.
         capacity: How many items may wait between the source and the consumers.
+        unhandled: A list that receives, if something fails or is cancelled, the items that were
+            read from the source and whose ``handle`` did not return.
 
     Raises:
         ExceptionGroup: If the source or ``handle`` raises. Everything else is cancelled first.
@@ -287,40 +474,66 @@ async def produce_consume(
     """
     check_count("consumers", consumers)
     channel: Channel[T] = Channel(capacity)
+    left: list[T] = [] if unhandled is None else unhandled
 
     async def produce() -> None:
-        await _send_all(source, channel)
-        channel.close()
+        async with aclosing(_each(source)) as items:
+            async for item in items:
+                try:
+                    await channel.send(item)
+                except BaseException:
+                    left.append(item)
+                    raise
 
     async def consume() -> None:
         async for item in channel:
-            await _handle_one(handle, item)
+            try:
+                await handle(item)
+            except BaseException:
+                left.append(item)
+                raise
 
-    async with asyncio.TaskGroup() as group:
-        group.create_task(produce(), name="producer")
-        for number in range(consumers):
-            group.create_task(consume(), name=f"consumer {number}")
+    try:
+        async with asyncio.TaskGroup() as group:
+            producer = group.create_task(_told(produce, "the source"), name="producer")
+            producer.add_done_callback(lambda _: channel.close())
+            for number in range(consumers):
+                consumer = group.create_task(_told(consume, "handle"), name=f"consumer {number}")
+                # When the last one is gone, the producer must not wait for room any more.
+                consumer.add_done_callback(functools.partial(_close, channel.receiver()))
+    finally:
+        left.extend(channel._buffer)
+    if left:
+        raise PatternError(f"{len(left)} items were not handled: a consumer was cancelled")
 
 
-async def _send_all(source: Iterable[T] | AsyncIterable[T], channel: Channel[T]) -> None:
+async def _told(work: Callable[[], Awaitable[None]], what: str) -> None:
+    """Make an error of a CancelledError that nobody asked for.
+
+    A task group takes it for a silent end: items would be lost unseen.
+    """
+    try:
+        await work()
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise PatternError(f"{what} raised CancelledError by itself") from error
+
+
+def _close(receiver: Receiver[Any], _: object) -> None:
+    receiver.close()
+
+
+async def _each(source: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    """Iterate over any source, and close it at the end."""
     if not isinstance(source, AsyncIterable):
         for item in source:
-            await channel.send(item)
+            yield item
         return
     closing: AbstractAsyncContextManager[Any] = (
         aclosing(source) if hasattr(source, "aclose") else nullcontext()
     )
     async with closing:
         async for item in source:
-            await channel.send(item)
-
-
-async def _handle_one(handle: Callable[[T], Awaitable[object]], item: T) -> None:
-    try:
-        await handle(item)
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        # A task group takes a CancelledError for a silent end: the item would be lost unseen.
-        raise PatternError(f"handling {item!r} raised CancelledError by itself") from error
+            yield item
