@@ -141,8 +141,8 @@ class ProcessPool:
 
         Args:
             fn: A plain function that can be imported by its name.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
 
         Returns:
             What ``fn`` returns.
@@ -586,4 +586,5 @@ def _describe(error: BaseException, what: str) -> bytes:
 
 
 def _summary(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[0].strip()
+    line = traceback.format_exception_only(error)[0].strip()
+    return line.removeprefix(f"{type(error).__module__}.")
