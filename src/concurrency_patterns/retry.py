@@ -218,8 +218,9 @@ class Retry:
             and one that is still running then is cancelled (a plain ``def`` cannot be).
         attempt_timeout: Seconds for each attempt. One that takes longer is cancelled and counts
             as a failure to retry. Not for a plain ``def``.
-        max_retry_after: If the error has a ``retry_after`` (seconds, as of the header of
-            RFC 9110, section 10.2.3), the wait is at least that long, but not longer than this.
+        max_retry_after: The longest wait in seconds that an error can ask for. If the error has an
+            attribute ``retry_after`` (seconds, as in the header of RFC 9110, section 10.2.3), the
+            wait is at least that long, up to this limit.
         budget: A budget shared with other callers.
 
     Raises:
