@@ -6,10 +6,18 @@ import asyncio
 import math
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from concurrency_patterns.concurrency_limiter import ConcurrencyLimiter
 from concurrency_patterns.errors import ConcurrencyLimitExceeded
-from concurrency_patterns.testing import CancellationFault, explore_cancellation, run_virtual
+from concurrency_patterns.testing import (
+    CancellationFault,
+    VirtualTimeLoop,
+    explore_cancellation,
+    run_virtual,
+)
 
 
 async def test_the_chapters_workload_10_fetches_at_3_a_time():
@@ -229,3 +237,213 @@ def test_t34_one_limiter_serves_three_loops_one_after_the_other():
         return limiter.statistics().in_use
 
     assert [run_virtual(main()) for _ in range(3)] == [0, 0, 0]
+
+
+async def test_a_heavy_caller_at_the_head_of_the_line_is_not_passed_by_light_ones():
+    """Weights are served in order: a light newcomer waits behind a heavy one."""
+    limiter = ConcurrencyLimiter(3)
+    order = []
+
+    async def use(name, weight):
+        async with limiter.slots(weight):
+            order.append(name)
+            await asyncio.sleep(1)
+
+    await asyncio.gather(use("first", 2), use("heavy", 3), use("light", 1))
+    assert order == ["first", "heavy", "light"]
+
+
+async def test_t3_a_heavy_head_that_is_cancelled_lets_the_light_ones_in_at_once():
+    """T3: when the heavy head of the line gives up, those behind it that fit go in."""
+    limiter = ConcurrencyLimiter(3)
+    await limiter.acquire(2)
+    heavy = asyncio.create_task(limiter.acquire(3))
+    light = asyncio.create_task(limiter.acquire(1))
+    await asyncio.sleep(0)
+    heavy.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    assert light.done()
+    assert limiter.statistics().in_use == 3
+
+
+async def test_more_than_the_limit_is_refused_at_once():
+    """A weight that can never fit is refused, not waited for."""
+    with pytest.raises(ValueError, match="weight must be at most the limit of 3, got 4"):
+        await ConcurrencyLimiter(3).acquire(4)
+    with pytest.raises(ValueError, match="weight must be at least 1, got 0"):
+        ConcurrencyLimiter(3).try_acquire(0)
+
+
+async def test_t41_a_limit_that_shrinks_while_all_is_in_use_returns_at_once():
+    """T41: the new limit holds as slots come back; nobody is interrupted and nothing hangs."""
+    limiter = ConcurrencyLimiter(4)
+    inside = peak = 0
+
+    async def use():
+        nonlocal inside, peak
+        async with limiter:
+            inside += 1
+            peak = max(peak, inside)
+            await asyncio.sleep(1)
+            inside -= 1
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(8):
+            group.create_task(use())
+        await asyncio.sleep(0.5)
+        limiter.resize(1)
+        assert limiter.statistics().in_use == 4
+        await asyncio.sleep(1)
+        assert limiter.statistics().in_use == inside == 1
+    assert peak == 4
+
+
+async def test_a_limit_that_grows_lets_waiters_in_at_once():
+    """After growing, those in line get the new slots without anybody leaving."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    waiting = [asyncio.create_task(limiter.acquire()) for _ in range(3)]
+    await asyncio.sleep(0)
+    limiter.resize(3)
+    await asyncio.sleep(0)
+
+    assert [task.done() for task in waiting] == [True, True, False]
+    limiter.resize(4)
+    await waiting[2]
+
+
+async def test_a_limit_below_what_is_waited_for_is_refused():
+    """Shrinking below the weight of somebody in line would make them wait for ever."""
+    limiter = ConcurrencyLimiter(3)
+    await limiter.acquire(3)
+    waiting = asyncio.create_task(limiter.acquire(2))
+    await asyncio.sleep(0)
+
+    with pytest.raises(ValueError, match=r"limit must be at least 2, .* got 1"):
+        limiter.resize(1)
+    limiter.release(3)
+    await waiting
+
+
+async def test_close_refuses_waiters_and_newcomers_and_drain_waits_for_those_inside():
+    """After close nobody gets in; drain returns when the last one is out."""
+    limiter = ConcurrencyLimiter(1)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def use():
+        async with limiter:
+            await asyncio.sleep(2)
+
+    inside = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    limiter.close()
+
+    with pytest.raises(ConcurrencyLimitExceeded) as refused:
+        await waiting
+    assert refused.value.reason == "closed"
+    with pytest.raises(ConcurrencyLimitExceeded):
+        await limiter.acquire()
+    await limiter.drain()
+    assert loop.time() - start == 2.0
+    await inside
+
+
+async def test_a_cancelled_drain_does_not_harm_another_one():
+    """Two tasks may drain, and one of them may be cancelled."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    drains = [asyncio.create_task(limiter.drain()) for _ in range(2)]
+    await asyncio.sleep(0)
+    drains[0].cancel()
+    await asyncio.sleep(0)
+    limiter.release()
+
+    async with asyncio.timeout(1):
+        await drains[1]
+
+
+async def test_the_time_in_line_is_counted_apart():
+    """The statistics tell how many waited and for how long, without the time inside."""
+    limiter = ConcurrencyLimiter(1)
+
+    async def use():
+        async with limiter:
+            await asyncio.sleep(1)
+
+    await asyncio.gather(use(), use(), use())
+    seen = limiter.statistics()
+    assert (seen.waits, seen.wait_time) == (2, 3.0)
+
+
+class LimiterMachine(RuleBasedStateMachine):
+    """The limiter beside a list that does the same in the plainest way."""
+
+    def __init__(self):
+        super().__init__()
+        self.loop = VirtualTimeLoop()
+        self.limiter = ConcurrencyLimiter(3)
+        self.limit = 3
+        self.inside = []  # weights
+        self.line = []  # (weight, task), in order
+
+    def settle(self):
+        self.loop.run_until_complete(asyncio.sleep(0.001))
+
+    def grant(self):
+        while self.line and sum(self.inside) + self.line[0][0] <= self.limit:
+            self.inside.append(self.line.pop(0)[0])
+
+    @rule(weight=st.integers(1, 3))
+    def acquire(self, weight):
+        if weight <= self.limit:
+            task = self.loop.create_task(self.limiter.acquire(weight))
+            self.line.append((weight, task))
+            self.grant()
+            self.settle()
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def release(self, data):
+        weight = data.draw(st.sampled_from(self.inside))
+        self.inside.remove(weight)
+        self.limiter.release(weight)
+        self.grant()
+        self.settle()
+
+    @precondition(lambda self: self.line)
+    @rule(data=st.data())
+    def cancel(self, data):
+        entry = data.draw(st.sampled_from(self.line))
+        self.line.remove(entry)
+        entry[1].cancel()
+        self.grant()
+        self.settle()
+
+    @rule(limit=st.integers(1, 5))
+    def resize(self, limit):
+        if limit >= max((weight for weight, _ in self.line), default=1):
+            self.limiter.resize(limit)
+            self.limit = limit
+            self.grant()
+            self.settle()
+
+    @invariant()
+    def agrees(self):
+        seen = self.limiter.statistics()
+        assert (seen.in_use, seen.waiting) == (sum(self.inside), len(self.line))
+
+    def teardown(self):
+        for _, task in self.line:
+            task.cancel()
+        self.settle()
+        self.loop.close()
+
+
+TestLimiterAgreesWithItsModel = LimiterMachine.TestCase
+TestLimiterAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
+TestLimiterAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, slots are conserved."

@@ -6,13 +6,14 @@ import asyncio
 import functools
 import inspect
 from collections import deque
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .errors import ConcurrencyLimitExceeded, check_count, check_loop, check_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
     from types import TracebackType
 
 __all__ = ["ConcurrencyLimiter", "ConcurrencyLimiterStatistics"]
@@ -26,11 +27,13 @@ class ConcurrencyLimiterStatistics:
     """What a concurrency limiter holds and has done.
 
     Attributes:
-        limit: How many may be inside at the same time.
-        in_use: How many are inside now.
-        waiting: How many wait for a slot.
-        peak: The most that have ever been inside at the same time.
-        rejected: How many were refused because the line was full or the wait too long.
+        limit: How many slots there are.
+        in_use: How many slots are in use now.
+        waiting: How many callers wait for slots.
+        peak: The most slots that have ever been in use at the same time.
+        rejected: How many callers were refused because the line was full or the wait too long.
+        waits: How many callers had to wait, and got their slots.
+        wait_time: How many seconds these have waited, together.
     """
 
     limit: int
@@ -38,6 +41,8 @@ class ConcurrencyLimiterStatistics:
     waiting: int
     peak: int
     rejected: int
+    waits: int
+    wait_time: float
 
 
 class ConcurrencyLimiter:
@@ -52,9 +57,9 @@ class ConcurrencyLimiter:
     when the cancellation comes in the very step in which the slot was granted.
 
     Args:
-        limit: How many may be inside at the same time.
-        max_queue: How many may wait for a slot; ``None`` for any number, 0 for nobody.
-        max_wait: The longest wait for a slot in seconds; ``None`` for any.
+        limit: How many slots there are.
+        max_queue: How many may wait for slots; ``None`` for any number, 0 for nobody.
+        max_wait: The longest wait for slots in seconds; ``None`` for any.
 
     Raises:
         ValueError: If ``limit`` is below 1, or ``max_queue`` or ``max_wait`` below 0.
@@ -75,57 +80,77 @@ class ConcurrencyLimiter:
         self._max_queue = max_queue
         self._max_wait = max_wait
         self._in_use = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._emptied: asyncio.Future[None] | None = None  # somebody drains
+        self._closed = False
         self._peak = 0
         self._rejected = 0
+        self._waits = 0
+        self._wait_time = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
         return f"ConcurrencyLimiter(limit={self._limit})"
 
-    async def acquire(self) -> None:
-        """Take a slot; wait in line until one is free.
+    async def acquire(self, weight: int = 1) -> None:
+        """Take ``weight`` slots; wait in line until they are free.
+
+        Args:
+            weight: How many slots.
 
         Raises:
-            ConcurrencyLimitExceeded: If ``max_queue`` callers wait already (``reason`` is
-                ``"queue"``), or no slot became free within ``max_wait`` (``"wait"``).
+            ValueError: If ``weight`` is below 1 or above the limit.
+            ConcurrencyLimitExceeded: If ``max_queue`` callers wait already (its ``reason`` is
+                ``"queue"``), the slots did not become free within ``max_wait`` (``"wait"``), or
+                the limiter is closed (``"closed"``).
         """
-        if not self.try_acquire():
-            await self._wait_in_line()
+        if not self.try_acquire(weight):
+            await self._wait_in_line(weight)
 
-    def try_acquire(self) -> bool:
-        """Take a slot if one is free; never wait.
+    def try_acquire(self, weight: int = 1) -> bool:
+        """Take ``weight`` slots if they are free and nobody waits; never wait.
+
+        Args:
+            weight: How many slots.
 
         Returns:
-            Whether a slot was taken.
+            Whether the slots were taken.
+
+        Raises:
+            ValueError: If ``weight`` is below 1 or above the limit.
         """
         if asyncio.get_running_loop() is not self._loop:
             self._bind()
-        if self._in_use >= self._limit:  # whoever waits has been handed each slot that came free
+        if weight != 1:
+            self._check(weight)
+        if self._waiters or self._closed or self._in_use + weight > self._limit:
             return False
-        self._in_use += 1
+        self._in_use += weight
         if self._in_use > self._peak:  # noqa: PLR1730 -- max() adds a tenth to the time of a call
             self._peak = self._in_use
         return True
 
-    def release(self) -> None:
-        """Give a slot back; the first in line gets it.
+    def release(self, weight: int = 1) -> None:
+        """Give ``weight`` slots back; the first in line get them.
+
+        Args:
+            weight: How many slots.
 
         Raises:
-            RuntimeError: If no slot is in use.
+            RuntimeError: If fewer slots are in use.
         """
-        if self._in_use == 0:
-            raise RuntimeError("release without acquire: no slot is in use")
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)  # handed over: the slot stays in use
-                return
-        self._in_use -= 1
+        if self._in_use < weight:
+            held = f"only {self._in_use} slots are" if self._in_use else "no slot is"
+            raise RuntimeError(f"release without acquire: {held} in use")
+        self._in_use -= weight
+        if self._waiters:
+            self._grant()
+        if self._emptied is not None:
+            self._tell_if_empty()
 
     async def __aenter__(self) -> None:
         if not self.try_acquire():
-            await self._wait_in_line()
+            await self._wait_in_line(1)
 
     async def __aexit__(
         self,
@@ -134,6 +159,22 @@ class ConcurrencyLimiter:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+    @asynccontextmanager
+    async def slots(self, weight: int) -> AsyncIterator[None]:
+        """Hold ``weight`` slots in a block; ``async with limiter`` holds one.
+
+        Args:
+            weight: How many slots.
+
+        Raises:
+            ConcurrencyLimitExceeded: As :meth:`acquire` does.
+        """
+        await self.acquire(weight)
+        try:
+            yield
+        finally:
+            self.release(weight)
 
     async def call(self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call ``fn`` while holding a slot.
@@ -160,6 +201,41 @@ class ConcurrencyLimiter:
 
         return limited
 
+    def resize(self, limit: int) -> None:
+        """Change the number of slots, at once.
+
+        With more, waiters get them now. With fewer, nobody is interrupted: slots that are given
+        back are not given out again until no more than ``limit`` are in use.
+
+        Args:
+            limit: How many slots there are from now on.
+
+        Raises:
+            ValueError: If ``limit`` is below 1, or below what somebody in line waits for.
+        """
+        check_count("limit", limit)
+        widest = max((weight for _, weight in self._waiters), default=1)
+        if limit < widest:
+            raise ValueError(f"limit must be at least {widest}, which is waited for, got {limit}")
+        self._limit = limit
+        self._grant()
+
+    async def drain(self) -> None:
+        """Wait until no slot is in use and nobody waits."""
+        while self._in_use or self._waiters:
+            if self._emptied is None or self._emptied.done():
+                self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._emptied)
+
+    def close(self) -> None:
+        """Let nobody in any more; those who wait are refused, those who are inside stay."""
+        self._closed = True
+        while self._waiters:
+            waiter, _ = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(self._refusal("closed", "the limiter is closed"))
+        self._tell_if_empty()
+
     def statistics(self) -> ConcurrencyLimiterStatistics:
         """Return what the limiter holds and has done."""
         return ConcurrencyLimiterStatistics(
@@ -168,41 +244,79 @@ class ConcurrencyLimiter:
             waiting=len(self._waiters),
             peak=self._peak,
             rejected=self._rejected,
+            waits=self._waits,
+            wait_time=self._wait_time,
         )
+
+    def _check(self, weight: int) -> None:
+        check_count("weight", weight)
+        if weight > self._limit:
+            raise ValueError(f"weight must be at most the limit of {self._limit}, got {weight}")
 
     def _bind(self) -> None:
         self._loop = check_loop(self, self._loop)
         self._waiters.clear()  # whoever waited or held a slot on a loop that is gone does no longer
         self._in_use = 0
+        self._emptied = None
 
-    async def _wait_in_line(self) -> None:
+    def _refusal(self, reason: str, message: str) -> ConcurrencyLimitExceeded:
+        self._rejected += 1
+        return ConcurrencyLimitExceeded(message, reason=reason)
+
+    async def _wait_in_line(self, weight: int) -> None:
+        if self._closed:
+            raise self._refusal("closed", "the limiter is closed")
         if self._max_queue is not None and len(self._waiters) >= self._max_queue:
-            self._rejected += 1
-            raise ConcurrencyLimitExceeded(
-                f"{self._limit} are inside and {len(self._waiters)} wait", reason="queue"
-            )
-        if self._max_wait is None:
-            await self._wait_for_slot()
-            return
-        try:
-            async with asyncio.timeout(self._max_wait) as scope:
-                await self._wait_for_slot()
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            self._rejected += 1
-            raise ConcurrencyLimitExceeded(
-                f"no slot became free within {self._max_wait} s", reason="wait"
-            ) from None
-
-    async def _wait_for_slot(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+            waiting = len(self._waiters)
+            raise self._refusal("queue", f"{self._in_use} are inside and {waiting} wait")
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        waiter = loop.create_future()
+        entry = (waiter, weight)
+        self._waiters.append(entry)
+        timer = None
+        if self._max_wait is not None:
+            timer = loop.call_later(self._max_wait, self._expire, entry)
         try:
             await waiter
         except asyncio.CancelledError:
-            if not waiter.cancelled():
-                self.release()  # granted and cancelled in the same step: the next one gets it
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
+            if not waiter.cancelled() and waiter.exception() is None:
+                self.release(weight)  # granted and cancelled in the same step
+            else:
+                self._leave(entry)
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._waits += 1
+        self._wait_time += loop.time() - start
+
+    def _expire(self, entry: tuple[asyncio.Future[None], int]) -> None:
+        waiter, _ = entry
+        if not waiter.done():
+            message = f"the slots did not become free within {self._max_wait} s"
+            waiter.set_exception(self._refusal("wait", message))
+            self._leave(entry)
+
+    def _leave(self, entry: tuple[asyncio.Future[None], int]) -> None:
+        if entry in self._waiters:
+            self._waiters.remove(entry)
+            self._grant()  # it may have stood in front of lighter ones
+            self._tell_if_empty()
+
+    def _grant(self) -> None:
+        """Hand slots to those in line, in order; a heavy one is not passed by lighter ones."""
+        while self._waiters:
+            waiter, weight = self._waiters[0]
+            if not waiter.done():
+                if self._in_use + weight > self._limit:
+                    return
+                self._in_use += weight
+                self._peak = max(self._peak, self._in_use)
+                waiter.set_result(None)
+            self._waiters.popleft()
+
+    def _tell_if_empty(self) -> None:
+        empty = self._in_use == 0 and not self._waiters
+        if empty and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)

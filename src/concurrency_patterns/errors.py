@@ -49,7 +49,8 @@ class ConcurrencyLimitExceeded(LocalRejection):
 
     Args:
         message: What was refused, and why.
-        reason: ``"queue"`` if too many wait already, ``"wait"`` if the wait took too long.
+        reason: ``"queue"`` if too many wait already, ``"wait"`` if the wait took too long,
+            ``"closed"`` if the limiter is closed.
     """
 
     def __init__(self, message: str = "", *, reason: str = "queue") -> None:
