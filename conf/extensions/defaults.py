@@ -66,19 +66,21 @@ class Defaults(SphinxDirective):
                 [
                     [nodes.literal("", parameter.name)],
                     [default(parameter, short)],
-                    self.parse(first_sentence(text), target.__module__),
+                    self.parse(first_sentence(text), target),
                 ]
             )
         return [table(HEADINGS[short], rows)]
 
-    def parse(self, text: str, module: str) -> list[nodes.Node]:
+    def parse(self, text: str, target: Any) -> list[nodes.Node]:
         """Parse the reStructuredText of a docstring in a page of Markdown."""
-        before = self.env.ref_context.get("py:module")
-        self.env.ref_context["py:module"] = module
+        before = dict(self.env.ref_context)
+        # Where ``:meth:`submit``` is looked up.
+        self.env.ref_context |= {"py:module": target.__module__, "py:class": target.__qualname__}
         try:
             found, messages = self.parse_inline(ROLE.sub(r"{\1}`\2`", text))
         finally:
-            self.env.ref_context["py:module"] = before
+            self.env.ref_context.clear()
+            self.env.ref_context |= before
         return [*found, *messages]
 
 
