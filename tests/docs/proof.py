@@ -132,7 +132,7 @@ class Proof:
             "pages, {simulated_seconds} s simulated, in {wall_seconds} s".format(**figures)
         )
         if self.scripts.again:
-            terminalreporter.write_line(f"{self.scripts.again} scripts were run again, alone")
+            terminalreporter.write_line(f"{self.scripts.again} times a script was run again, alone")
         if self.updates:
             terminalreporter.write_line(self.updates.told())
         if terminalreporter.stats.get("failed") or not self.is_whole(terminalreporter):
