@@ -44,6 +44,7 @@ exclude_patterns = [
     for module in (page.stem for page in HERE.parent.glob("docs/en/reference/*.rst"))
     if importlib.util.find_spec(f"concurrency_patterns.{module}") is None
 ]
+myst_ref_domains = ["std"]  # [text](#label) never means a function of that name
 myst_enable_extensions = ["colon_fence", "deflist"]
 # MyST would rather have the description of a page under another key, one level deeper.
 suppress_warnings = ["myst.topmatter"]

@@ -159,6 +159,10 @@ def localize(html: str, here: Language, pagename: str) -> str:
                 "Furo does not say %r any more; see languages.py", old, location=pagename
             )
         html = html.replace(old, new)
+    # Sphinx makes a caption of the contents a heading, and forgets its level.
+    html = html.replace(
+        'class="caption" role="heading">', 'class="caption" role="heading" aria-level="2">'
+    )
     if here.folder == "zh":
         html = html.replace('aria-label="Toggle navigation of ', 'aria-label="展开或收起：')
     return html
