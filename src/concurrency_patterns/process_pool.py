@@ -74,8 +74,9 @@ class ProcessPool:
 
     Args:
         workers: How many processes to keep.
-        start_method: ``"spawn"`` or ``"forkserver"``. ``"fork"`` is refused: it copies the locks
-            that other threads hold, and every worker would hold the pipes of the others open.
+        start_method: How a process is started, ``"spawn"`` or ``"forkserver"``. ``"fork"`` is
+            refused, as it copies the locks that other threads hold, and every worker would hold
+            the pipes of the others open.
         max_deliveries: How often an item may be handed to a worker in all. With 1, it is handled
             at most once; with more, a call that lost its worker is made again.
 
