@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from concurrency_patterns.errors import RateLimitExceeded
-from concurrency_patterns.testing import explore_cancellation, run_virtual
-from concurrency_patterns.token_bucket import TokenBucket
+from concurrency_patterns.testing import VirtualTimeLoop, explore_cancellation, run_virtual
+from concurrency_patterns.timeout import deadline
+from concurrency_patterns.token_bucket import TokenBucket, TokenBuckets
 
 
 async def grant_times(bucket, requests):
@@ -237,3 +240,270 @@ def test_a_plain_function_cannot_be_decorated():
     """Decorating what cannot wait is refused when it is decorated, not when it is called."""
     with pytest.raises(TypeError, match="async function"):
         TokenBucket(rate=1, capacity=1)(len)
+
+
+async def test_a_wait_beyond_the_deadline_is_refused_at_once():
+    """A deadline around the call counts like a timeout: what cannot be met is not waited for."""
+    bucket = TokenBucket(rate=1, capacity=1)
+    await bucket.acquire()
+    start = asyncio.get_running_loop().time()
+
+    async with deadline(0.5):
+        with pytest.raises(RateLimitExceeded):
+            await bucket.acquire()
+    assert asyncio.get_running_loop().time() == start
+
+
+@given(
+    limit=st.integers(1, 8),
+    pauses=st.lists(st.floats(0, 1.5), min_size=1, max_size=30),
+)
+def test_t5_a_strict_bucket_never_lets_more_than_its_limit_through_in_any_period(limit, pauses):
+    """T5: in any second at most the limit starts, also after idling."""
+
+    async def run():
+        bucket = TokenBucket.strict(limit, per=1)
+        loop = asyncio.get_running_loop()
+        times = []
+
+        async def request():
+            await bucket.acquire()
+            times.append(loop.time())
+
+        async with asyncio.TaskGroup() as group:
+            for pause in pauses:
+                await asyncio.sleep(pause)
+                for _ in range(3):
+                    group.create_task(request())
+        return times
+
+    times = run_virtual(run())
+    for first in times:
+        assert sum(first <= time < first + 1 - 1e-6 for time in times) <= limit
+
+
+async def test_a_strict_bucket_serves_in_order_and_at_full_rate():
+    """The strict form lets its limit through in each period, first come, first served."""
+    times = await grant_times(TokenBucket.strict(limit=2, per=1), [1] * 6)
+
+    assert times == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
+
+
+async def test_a_strict_bucket_refuses_a_wait_that_is_too_long():
+    """The strict form knows when the tokens come back, round after round."""
+    bucket = TokenBucket.strict(limit=2, per=1)
+    await bucket.acquire()
+    await asyncio.sleep(0.4)
+    await bucket.acquire()
+    ahead = [asyncio.create_task(bucket.acquire()) for _ in range(2)]
+    await asyncio.sleep(0)
+
+    with pytest.raises(RateLimitExceeded) as caught:
+        await bucket.acquire(timeout=1.5)
+    assert round(caught.value.retry_after, 6) == 1.6
+    await bucket.acquire(timeout=1.7)
+    await asyncio.gather(*ahead)
+
+
+async def test_settling_gives_back_what_was_too_much():
+    """Tokens that were estimated and not needed serve those who wait, at once."""
+    bucket = TokenBucket(rate=1, capacity=10)
+    await bucket.acquire(10)
+    waiting = asyncio.create_task(bucket.acquire(4))
+    await asyncio.sleep(0)
+    bucket.settle(estimated=10, actual=6)
+    await asyncio.sleep(0)
+
+    assert waiting.done()
+    assert bucket.statistics().tokens == 0
+
+
+async def test_settling_takes_what_was_too_little_as_a_debt():
+    """A call that cost more than it took makes the next ones wait until the debt is paid."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    bucket = TokenBucket(rate=1, capacity=10)
+    await bucket.acquire(10)
+    bucket.settle(estimated=10, actual=13)
+
+    assert bucket.statistics().tokens == -3
+    await bucket.acquire()
+    assert loop.time() - start == 4.0
+
+
+@pytest.mark.parametrize("bucket", [TokenBucket(1, 5), TokenBucket.strict(5, 5)], ids=repr)
+async def test_settling_never_fills_the_bucket_above_its_capacity(bucket):
+    """Giving back more than was taken does not mint tokens."""
+    bucket.settle(estimated=5, actual=0)
+
+    assert [bucket.try_acquire() for _ in range(6)] == [True] * 5 + [False]
+
+
+async def test_a_strict_bucket_settles_too():
+    """The strict form gives back and takes in excess as well."""
+    bucket = TokenBucket.strict(limit=4, per=1)
+    await bucket.acquire(4)
+    bucket.settle(estimated=4, actual=1)
+    assert bucket.statistics().tokens == 3
+    bucket.settle(estimated=0, actual=5)
+    assert bucket.statistics().tokens == -2
+    await asyncio.sleep(1)
+    assert bucket.statistics().tokens == 4
+
+
+async def test_the_rate_can_change_while_calls_wait():
+    """Those in line are served at the new rate from the moment of the change."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    bucket = TokenBucket(rate=1, capacity=1)
+    await bucket.acquire()
+
+    async def request():
+        await bucket.acquire()
+        return round(loop.time() - start, 6)
+
+    waiting = [asyncio.create_task(request()) for _ in range(3)]
+    await asyncio.sleep(1.5)
+    bucket.set_rate(10)
+
+    assert await asyncio.gather(*waiting) == [1.0, 1.55, 1.65]
+    with pytest.raises(TypeError, match="strict"):
+        TokenBucket.strict(1, 1).set_rate(2)
+
+
+async def test_several_buckets_give_all_or_nothing():
+    """A call waits until every bucket has enough, and takes from none before."""
+    limits = TokenBuckets(requests=TokenBucket(1, 2), tokens=TokenBucket(100, 300))
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def call(tokens):
+        await limits.acquire({"requests": 1, "tokens": tokens})
+        return round(loop.time() - start, 6)
+
+    # The second one waits for tokens, the third for its turn and then for a request.
+    assert await asyncio.gather(call(300), call(100), call(10)) == [0.0, 1.0, 1.1]
+    seen = limits.statistics()
+    assert (seen["requests"].granted, seen["tokens"].waiting) == (3, 0)
+
+
+async def test_a_call_that_waits_for_one_bucket_does_not_hold_the_other():
+    """While a call waits for tokens, the bucket of requests stays as it is."""
+    limits = TokenBuckets(requests=TokenBucket(1, 2), tokens=TokenBucket(1, 5))
+    await limits.acquire({"tokens": 5})
+    waiting = asyncio.create_task(limits.acquire({"requests": 2, "tokens": 5}))
+    await asyncio.sleep(1)
+
+    assert limits.statistics()["requests"].tokens == 2
+    await waiting
+    assert limits.statistics()["requests"].tokens == 0
+
+
+async def test_several_buckets_refuse_what_takes_too_long_and_settle_by_name():
+    """The slowest bucket decides how long the wait is; each is settled by its name."""
+    limits = TokenBuckets(requests=TokenBucket(1, 1), tokens=TokenBucket(10, 100))
+    await limits.acquire({"requests": 1, "tokens": 100})
+
+    with pytest.raises(RateLimitExceeded) as caught:
+        await limits.acquire({"requests": 1, "tokens": 50}, timeout=2)
+    assert caught.value.retry_after == 5.0
+    limits.settle("tokens", estimated=100, actual=40)
+    await limits.acquire({"requests": 1, "tokens": 50}, timeout=2)
+
+
+async def test_several_buckets_refuse_bad_costs():
+    """Unknown names, nothing at all, and more than a bucket holds are refused at once."""
+    limits = TokenBuckets(requests=TokenBucket(1, 1))
+    for costs in ({}, {"words": 1}):
+        with pytest.raises(ValueError, match="costs must name some of"):
+            await limits.acquire(costs)
+    with pytest.raises(ValueError, match="n must be at most the capacity of 1, got 2"):
+        await limits.acquire({"requests": 2})
+    with pytest.raises(ValueError, match="name must be one of"):
+        limits.settle("words", 1, 1)
+    with pytest.raises(ValueError, match="must not be empty"):
+        TokenBuckets()
+
+
+def test_t2_cancelled_at_any_step_several_buckets_lose_no_token():
+    """T2: after any cancellation each bucket has what was not granted."""
+
+    class Calls:
+        def __init__(self):
+            self.limits = TokenBuckets(a=TokenBucket(1, 2), b=TokenBucket(1, 2))
+            self.granted = 0
+
+        async def one(self):
+            await self.limits.acquire({"a": 1, "b": 2})
+            self.granted += 1
+
+        async def whole(self):
+            seen = self.limits.statistics()["a"]
+            return seen.granted == self.granted and seen.waiting == 0
+
+    async def scenario(calls):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(calls.one())
+
+    assert explore_cancellation(Calls, scenario, Calls.whole) > 10
+
+
+class BucketMachine(RuleBasedStateMachine):
+    """The bucket beside exact fractions that are refilled second by second."""
+
+    def __init__(self):
+        super().__init__()
+        self.loop = VirtualTimeLoop()
+        self.bucket = TokenBucket(rate=4, capacity=6)
+        self.tokens = Fraction(6)
+        self.line = []  # (n, task), in order
+
+    def settle(self, seconds=0):
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.loop.run_until_complete(asyncio.sleep(0))
+
+    def grant(self):
+        while self.line and self.tokens >= self.line[0][0]:
+            self.tokens -= self.line.pop(0)[0]
+
+    @rule(n=st.integers(1, 6))
+    def acquire(self, n):
+        self.line.append((n, self.loop.create_task(self.bucket.acquire(n))))
+        self.grant()
+        self.settle()
+
+    @rule(quarters=st.integers(1, 9))
+    def wait(self, quarters):
+        for _ in range(quarters):  # one token comes in each quarter of a second
+            self.tokens = min(self.tokens + 1, Fraction(6))
+            self.grant()
+        self.settle(quarters * 0.25)
+
+    @precondition(lambda self: self.line)
+    @rule(data=st.data())
+    def cancel(self, data):
+        entry = data.draw(st.sampled_from(self.line))
+        self.line.remove(entry)
+        entry[1].cancel()
+        self.grant()
+        self.settle()
+
+    @invariant()
+    def agrees(self):
+        async def look():
+            return self.bucket.statistics()
+
+        seen = self.loop.run_until_complete(look())
+        assert (seen.tokens, seen.waiting) == (self.tokens, len(self.line))
+
+    def teardown(self):
+        for _, task in self.line:
+            task.cancel()
+        self.settle()
+        self.loop.close()
+
+
+TestBucketAgreesWithItsModel = BucketMachine.TestCase
+TestBucketAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
+TestBucketAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, tokens are conserved."

@@ -39,7 +39,7 @@ from .timeout import (
     move_on_after,
     remaining,
 )
-from .token_bucket import TokenBucket
+from .token_bucket import TokenBucket, TokenBuckets
 from .worker_pool import TaskHandle, WorkerPool, bounded_map
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "TaskHandle",
     "Timeout",
     "TokenBucket",
+    "TokenBuckets",
     "WorkerCrashed",
     "WorkerPool",
     "bounded_cleanup",

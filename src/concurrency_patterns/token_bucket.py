@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import math
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 from .errors import RateLimitExceeded, check_count, check_loop, check_positive, check_seconds
+from .timeout import remaining
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from types import TracebackType
 
-__all__ = ["TokenBucket", "TokenBucketStatistics"]
+__all__ = ["TokenBucket", "TokenBucketStatistics", "TokenBuckets"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Cost = TypeVar("Cost")
 
 # A timer may fire this much too early: it is the resolution of asyncio's clock.
 EARLY = 1e-9
@@ -68,18 +71,39 @@ class TokenBucket:
     def __init__(self, rate: float, capacity: int) -> None:
         check_positive("rate", rate)
         check_count("capacity", capacity)
-        self._level = _Level(rate, capacity)
-        self._rate = rate
+        self._begin(_Level(rate, capacity), capacity, f"rate={rate!r}, capacity={capacity}")
+
+    @classmethod
+    def strict(cls, limit: int, per: float) -> TokenBucket:
+        """Make a bucket that never lets more than ``limit`` calls start in any ``per`` seconds.
+
+        A bucket of capacity N and rate N lets nearly 2 N calls start in one second: those it has
+        saved up and those that the second brings. Where somebody counts strictly, this one
+        remembers when each token was taken (a sliding window log), and needs memory for that.
+
+        Args:
+            limit: How many tokens in each period.
+            per: The length of the period in seconds.
+
+        Raises:
+            ValueError: If ``limit`` is below 1 or ``per`` not above 0.
+        """
+        check_count("limit", limit)
+        check_positive("per", per)
+        bucket = cls.__new__(cls)
+        bucket._begin(_Window(limit, per), limit, f"limit={limit}, per={per!r}")
+        return bucket
+
+    def _begin(self, level: _Level | _Window, capacity: int, described: str) -> None:
+        self._level: _Level | _Window = level
         self._capacity = capacity
-        self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
-        self._queued = 0  # tokens that those in line wait for
-        self._timer: asyncio.TimerHandle | None = None
-        self._granted = 0
-        self._rejected = 0
+        self._described = described
+        self._line: _Line[int] = _Line(level)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
-        return f"TokenBucket(rate={self._rate!r}, capacity={self._capacity})"
+        kind = "TokenBucket" if isinstance(self._level, _Level) else "TokenBucket.strict"
+        return f"{kind}({self._described})"
 
     async def acquire(self, n: int = 1, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- refuses early, which asyncio.timeout cannot
         """Take ``n`` tokens; wait in line until they are there.
@@ -87,24 +111,24 @@ class TokenBucket:
         Args:
             n: How many tokens.
             timeout: The longest acceptable wait in seconds; ``None`` for any. A wait that would
-                take longer is refused at once, not after the time has passed.
+                take longer, or longer than the :func:`~concurrency_patterns.timeout.deadline`
+                around allows, is refused at once and not after the time has passed.
 
         Raises:
             ValueError: If ``n`` is below 1 or above the capacity.
-            RateLimitExceeded: If the wait would be longer than ``timeout``; its ``retry_after``
-                tells after how many seconds the tokens will be there.
+            RateLimitExceeded: If the wait would be too long; its ``retry_after`` tells after how
+                many seconds the tokens will be there.
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._bind()
         if n != 1:
             self._check(n)
-        if not self._waiters and self._level.take(n, loop.time()):
-            self._granted += 1
-            return
-        if timeout is not None:
-            self._refuse_if_too_long(n, timeout, loop.time())
-        await self._wait_in_line(n)
+        line = self._line
+        if not line.waiters and self._level.take(n, loop.time()):
+            line.granted += 1
+        else:
+            await line.wait(n, timeout)
 
     def try_acquire(self, n: int = 1) -> bool:
         """Take ``n`` tokens if they are there and nobody waits; never wait.
@@ -123,11 +147,47 @@ class TokenBucket:
             self._bind()
         if n != 1:
             self._check(n)
-        if self._waiters or not self._level.take(n, loop.time()):
-            self._rejected += 1
+        line = self._line
+        if line.waiters or not self._level.take(n, loop.time()):
+            line.rejected += 1
             return False
-        self._granted += 1
+        line.granted += 1
         return True
+
+    def settle(self, estimated: int, actual: int) -> None:
+        """Correct the price of a call that took ``estimated`` tokens and has cost ``actual``.
+
+        What was too much comes back at once. What was too little is taken even if the bucket does
+        not hold it: then it owes, and the next callers wait until that is paid off.
+
+        Args:
+            estimated: How many tokens the call has taken.
+            actual: How many it should have taken.
+
+        Raises:
+            ValueError: If one of them is negative.
+        """
+        check_count("estimated", estimated, least=0)
+        check_count("actual", actual, least=0)
+        self._level.give_back(estimated - actual, self._bind().time())
+        self._line.serve()
+
+    def set_rate(self, rate: float) -> None:
+        """Change the rate, also for those who wait.
+
+        Args:
+            rate: Tokens gained a second from now on.
+
+        Raises:
+            ValueError: If ``rate`` is not above 0.
+            TypeError: If the bucket is a strict one, which has no rate.
+        """
+        check_positive("rate", rate)
+        if not isinstance(self._level, _Level):
+            raise TypeError("a strict bucket has a limit and a period, and no rate to change")
+        self._level.set_rate(rate, self._bind().time())
+        self._described = f"rate={rate!r}, capacity={self._capacity}"
+        self._line.serve()
 
     async def __aenter__(self) -> None:
         await self.acquire()
@@ -167,79 +227,175 @@ class TokenBucket:
 
     def statistics(self) -> TokenBucketStatistics:
         """Return what the bucket holds and has done; needs a running event loop for its clock."""
-        return TokenBucketStatistics(
-            tokens=self._level.tokens(self._bind().time()),
-            waiting=len(self._waiters),
-            granted=self._granted,
-            rejected=self._rejected,
-        )
+        tokens = self._level.tokens(self._bind().time())
+        return self._line.statistics(tokens)
 
     def _check(self, n: int) -> None:
         check_count("n", n)
         if n > self._capacity:
             raise ValueError(f"n must be at most the capacity of {self._capacity}, got {n}")
 
-    def _refuse_if_too_long(self, n: int, timeout: float, now: float) -> None:
-        check_seconds("timeout", timeout)
-        wait = self._level.wait(self._queued + n, now)
-        if wait > timeout + EARLY:
-            self._rejected += 1
-            raise RateLimitExceeded(
-                f"the tokens come in {wait:.3g} s, which is more than {timeout} s",
-                retry_after=wait,
-            )
-
     def _bind(self) -> asyncio.AbstractEventLoop:
         """Return the running loop; begin anew with it if it is another one than before."""
         loop = check_loop(self, self._loop)
         if loop is not self._loop:
             self._loop = loop
-            self._waiters.clear()  # whoever waited on a loop that is gone waits no longer
-            self._queued = 0
-            self._timer = None
+            self._line.begin()
             self._level.on_clock_changed(loop.time())
         return loop
 
-    async def _wait_in_line(self, n: int) -> None:
-        waiter = asyncio.get_running_loop().create_future()
+
+class TokenBuckets:
+    """Take tokens from several buckets at once: all or nothing, in one line.
+
+    A service that bills requests and tokens a minute has two limits, and a call costs different
+    amounts of each. Taking from one bucket and then waiting for the other wastes what the first
+    one gave. Here a call waits until all of them have enough, and then takes from all.
+
+    Args:
+        **buckets: The buckets by name, such as ``requests=TokenBucket(...)``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+
+    def __init__(self, **buckets: TokenBucket) -> None:
+        if not buckets:
+            raise ValueError("buckets must not be empty")
+        self._buckets = buckets
+        self._line: _Line[Mapping[str, int]] = _Line(_Levels(buckets))
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={bucket!r}" for name, bucket in self._buckets.items())
+        return f"TokenBuckets({inside})"
+
+    async def acquire(self, costs: Mapping[str, int], timeout: float | None = None) -> None:  # noqa: ASYNC109 -- as above
+        """Take tokens from the buckets that are named; wait in line until all have enough.
+
+        Args:
+            costs: How many tokens of which bucket.
+            timeout: The longest acceptable wait in seconds; a longer one is refused at once.
+
+        Raises:
+            ValueError: If a name is unknown, or a number below 1 or above the capacity.
+            RateLimitExceeded: If the wait would be too long.
+        """
+        loop = check_loop(self, self._loop)
+        if loop is not self._loop:
+            self._loop = loop
+            self._line.begin()
+        if not costs or not costs.keys() <= self._buckets.keys():
+            raise ValueError(f"costs must name some of {list(self._buckets)}, got {list(costs)}")
+        for name, n in costs.items():
+            self._buckets[name]._bind()
+            self._buckets[name]._check(n)
+        if not self._line.waiters and self._line.level.take(costs, loop.time()):
+            self._line.granted += 1
+        else:
+            await self._line.wait(costs, timeout)
+
+    def settle(self, name: str, estimated: int, actual: int) -> None:
+        """Correct what a call took from one bucket, as :meth:`TokenBucket.settle` does."""
+        if name not in self._buckets:
+            raise ValueError(f"name must be one of {list(self._buckets)}, got {name!r}")
+        self._buckets[name].settle(estimated, actual)
+        self._line.serve()
+
+    def statistics(self) -> dict[str, TokenBucketStatistics]:
+        """Return for each bucket its tokens, and what the common line has done."""
+        return {
+            name: self._line.statistics(bucket.statistics().tokens)
+            for name, bucket in self._buckets.items()
+        }
+
+
+class _Source(Protocol[Cost]):
+    """Where tokens come from: arithmetic that is handed the time."""
+
+    def take(self, n: Cost, now: float, late: float = 0.0) -> bool:
+        """Take tokens if they are there at ``now``, or were due up to ``late`` ago."""
+
+    def give_back(self, n: Cost, now: float) -> None:
+        """Put tokens back that were taken and not used."""
+
+    def wait(self, line: list[Cost], now: float) -> float:
+        """Return the seconds after which all of the line can have been served."""
+
+
+class _Line(Generic[Cost]):
+    """Those who wait for tokens, in order, and the one timer that serves them."""
+
+    def __init__(self, level: _Source[Cost]) -> None:
+        self.level = level
+        self.granted = 0
+        self.rejected = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget who waited on a loop that is gone: they wait no longer."""
+        self.waiters: deque[tuple[asyncio.Future[None], Cost]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def wait(self, n: Cost, timeout: float | None) -> None:  # noqa: ASYNC109 -- as above
+        """Wait in line until the tokens are granted."""
+        loop = asyncio.get_running_loop()
+        limit = _least(timeout, remaining())
+        if limit is not None:
+            self._refuse_if_longer(n, limit, loop.time())
+        waiter = loop.create_future()
         entry = (waiter, n)
-        self._waiters.append(entry)
-        self._queued += n
+        self.waiters.append(entry)
         if self._timer is None:
-            self._serve()
+            self.serve()
         try:
             await waiter
         except asyncio.CancelledError:
-            if waiter.cancelled():
-                self._leave(entry)
-            else:  # granted and cancelled in the same step
-                self._granted -= 1
-                self._level.give_back(n)
-            self._serve()
+            if not waiter.cancelled():  # granted and cancelled in the same step
+                self.granted -= 1
+                self.level.give_back(n, loop.time())
+            elif entry in self.waiters:
+                self.waiters.remove(entry)
+            self.serve()
             raise
 
-    def _leave(self, entry: tuple[asyncio.Future[None], int]) -> None:
-        if entry in self._waiters:  # _serve may have passed over it already
-            self._waiters.remove(entry)
-            self._queued -= entry[1]
+    def _refuse_if_longer(self, n: Cost, limit: float, now: float) -> None:
+        wait = self.level.wait([*(cost for _, cost in self.waiters), n], now)
+        if wait > limit + EARLY:
+            self.rejected += 1
+            raise RateLimitExceeded(
+                f"the tokens come in {wait:.3g} s, which is more than {limit:.3g} s",
+                retry_after=wait,
+            )
 
-    def _serve(self) -> None:
-        """Grant what can be granted, in order, and set the timer for the next in line."""
+    def serve(self, due: float = math.inf) -> None:
+        """Grant what can be granted, in order, and set the timer for the next in line.
+
+        Args:
+            due: When the timer that calls should have fired.
+        """
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if not self.waiters:
+            return
         loop = asyncio.get_running_loop()
         now = loop.time()
-        while self._waiters:
-            waiter, n = self._waiters[0]
+        late = min(max(0.0, now - due), LATE)
+        while self.waiters:
+            waiter, n = self.waiters[0]
             if not waiter.done():
-                if not self._level.take(n, now, LATE):
-                    self._timer = loop.call_later(self._level.wait(n, now), self._serve)
+                if not self.level.take(n, now, late):
+                    due = now + self.level.wait([n], now)
+                    self._timer = loop.call_at(due, self.serve, due)
                     return
-                self._granted += 1
+                self.granted += 1
                 waiter.set_result(None)
-            self._waiters.popleft()
-            self._queued -= n
+            self.waiters.popleft()
+
+    def statistics(self, tokens: float) -> TokenBucketStatistics:
+        """Return what the line has done, beside the tokens that there are."""
+        return TokenBucketStatistics(tokens, len(self.waiters), self.granted, self.rejected)
 
 
 class _Level:
@@ -250,45 +406,146 @@ class _Level:
     sum of a million small steps would.
     """
 
-    __slots__ = ("depth", "interval", "since", "taken")
+    __slots__ = ("capacity", "depth", "interval", "since", "taken")
 
     def __init__(self, rate: float, capacity: int) -> None:
+        self.capacity = capacity
         self.interval = 1 / rate  # seconds a token
         self.depth = capacity * self.interval  # seconds to fill the empty bucket
         self.since = 0.0
         self.taken = 0
 
     def take(self, n: int, now: float, late: float = 0.0) -> bool:
-        """Take ``n`` tokens if they are there at ``now``, or were due up to ``late`` ago."""
-        interval = self.interval
-        if self.since + self.taken * interval <= now - late:  # full: what overflows is lost
-            if n * interval > self.depth + late + EARLY:
-                return False
+        until_full = self.since + self.taken * self.interval - now
+        if until_full <= -late:  # it is full: what overflows is lost
             self.since = now - late
             self.taken = n
             return True
-        taken = self.taken + n
-        if self.since + taken * interval > now + self.depth + EARLY:
+        if until_full + n * self.interval > self.depth + EARLY:
             return False
-        self.taken = taken
+        self.taken += n
         return True
 
-    def give_back(self, n: int) -> None:
-        """Put back ``n`` tokens that were taken and not used."""
+    def give_back(self, n: int, now: float) -> None:
+        self.take(0, now)  # a full bucket keeps nothing for what is taken in excess now
         self.taken -= n
 
-    def wait(self, n: int, now: float) -> float:
-        """Return the seconds until ``n`` tokens are there."""
+    def wait(self, line: list[int], now: float) -> float:
         full_at = max(self.since + self.taken * self.interval, now)
-        return max(0.0, full_at + n * self.interval - self.depth - now)
+        return max(0.0, full_at + sum(line) * self.interval - self.depth - now)
 
     def tokens(self, now: float) -> float:
-        """Return how many tokens are there at ``now``."""
+        """Return how many tokens are there at ``now``; below 0 if the bucket owes some."""
         missing = max(0.0, self.since + self.taken * self.interval - now)
-        return max(0.0, round((self.depth - missing) / self.interval, 6))
+        return round((self.depth - missing) / self.interval, 6)
+
+    def set_rate(self, rate: float, now: float) -> None:
+        """Keep the tokens that are there, and gain others at another rate."""
+        missing = self.capacity - self.tokens(now)
+        self.interval = 1 / rate
+        self.depth = self.capacity * self.interval
+        self.since = now - (1 - missing % 1) % 1 * self.interval
+        self.taken = -int(-missing // 1)
 
     def on_clock_changed(self, now: float) -> None:
         """Begin on another clock: the bucket is empty at worst, so that it cannot be stuck."""
         if self.since + self.taken * self.interval > now + self.depth:
             self.since = now
-            self.taken = round(self.depth / self.interval)
+            self.taken = self.capacity
+
+
+class _Window:
+    """A log of what was taken when: never more than ``limit`` in any period."""
+
+    def __init__(self, limit: int, per: float) -> None:
+        self.limit = limit
+        self.per = per
+        self.log: deque[tuple[float, int]] = deque()
+        self.used = 0
+
+    def take(self, n: int, now: float, late: float = 0.0) -> bool:
+        self._forget(now)
+        if self.used + n > self.limit:
+            return False
+        self.log.append((now, n))
+        self.used += n
+        return True
+
+    def give_back(self, n: int, now: float) -> None:
+        self._forget(now)
+        if n < 0:
+            self.log.append((now, -n))
+            self.used -= n
+        while n > 0 and self.log:  # the oldest go first: so none comes back too early
+            when, taken = self.log.popleft()
+            if taken > n:
+                self.log.appendleft((when, taken - n))
+            self.used -= min(taken, n)
+            n -= taken
+
+    def wait(self, line: list[int], now: float) -> float:
+        self._forget(now)
+        total = sum(line)
+        free = self.limit - self.used
+        if total <= free:
+            return 0.0
+        # The tokens come back one period after they were taken, round after round.
+        rounds, place = divmod(total - free - 1, self.limit)
+        back = now + self.per  # of those that are taken now
+        for when, n in self.log:
+            place -= n
+            if place < 0:
+                back = when + self.per
+                break
+        return max(0.0, back + rounds * self.per - now)
+
+    def tokens(self, now: float) -> float:
+        """Return how many tokens are there at ``now``; below 0 if the bucket owes some."""
+        self._forget(now)
+        return float(self.limit - self.used)
+
+    def on_clock_changed(self, now: float) -> None:
+        """Begin on another clock: what was taken on the old one counts from now on."""
+        if self.log and self.log[-1][0] > now:
+            self.log = deque([(now, self.used)])
+
+    def _forget(self, now: float) -> None:
+        while self.log and self.log[0][0] + self.per <= now + EARLY:
+            self.used -= self.log.popleft()[1]
+
+
+class _Levels:
+    """Several levels as one: what is taken is taken from all."""
+
+    def __init__(self, buckets: Mapping[str, TokenBucket]) -> None:
+        self._buckets = buckets
+
+    def take(self, n: Mapping[str, int], now: float, late: float = 0.0) -> bool:
+        taken: list[tuple[_Level | _Window, int]] = []
+        for name, count in n.items():
+            level = self._buckets[name]._level
+            if not level.take(count, now, late):
+                for other, given in taken:
+                    other.give_back(given, now)
+                return False
+            taken.append((level, count))
+        return True
+
+    def give_back(self, n: Mapping[str, int], now: float) -> None:
+        for name, count in n.items():
+            self._buckets[name]._level.give_back(count, now)
+
+    def wait(self, line: list[Mapping[str, int]], now: float) -> float:
+        waits = []
+        for name, bucket in self._buckets.items():
+            wanted = [costs[name] for costs in line if name in costs]
+            if wanted:
+                waits.append(bucket._level.wait(wanted, now))
+        return max(waits)
+
+
+def _least(timeout: float | None, left: float | None) -> float | None:
+    if timeout is None:
+        return left
+    check_seconds("timeout", timeout)
+    return timeout if left is None else min(timeout, left)
