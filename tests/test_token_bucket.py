@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from fractions import Fraction
 
@@ -121,13 +122,16 @@ def test_a_senseless_rate_is_refused(rate):
 
 
 @pytest.mark.parametrize("longest", [-1, math.nan])
-async def test_a_senseless_timeout_is_refused(longest):
+@pytest.mark.parametrize("held", [0, 1])
+async def test_a_senseless_timeout_is_refused(longest, held):
     """A timeout must be zero or more; a wrong one takes no token and no place in line."""
     bucket = TokenBucket(rate=1, capacity=1)
-    await bucket.acquire()
+    if held == 0:
+        await bucket.acquire()
     with pytest.raises(ValueError, match="timeout must be"):
         await bucket.acquire(timeout=longest)
     assert bucket.statistics().waiting == 0
+    assert bucket.statistics().tokens == held
 
 
 def test_t2_cancelled_at_any_step_no_token_is_lost():
@@ -507,3 +511,33 @@ class BucketMachine(RuleBasedStateMachine):
 TestBucketAgreesWithItsModel = BucketMachine.TestCase
 TestBucketAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
 TestBucketAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, tokens are conserved."
+
+
+async def test_what_a_strict_bucket_was_given_back_does_not_count_twice():
+    """Tokens settled at half time do not come back a second time when their period is over."""
+    bucket = TokenBucket.strict(limit=5, per=1)
+    await bucket.acquire(3)
+    await asyncio.sleep(0.5)
+    bucket.settle(estimated=3, actual=0)
+    await asyncio.sleep(0.5)
+
+    assert sum(bucket.try_acquire() for _ in range(20)) == 5
+
+
+async def test_a_strict_bucket_keeps_what_it_promised_to_heavy_requests():
+    """A request that would wait longer than its timeout is refused, however tokens come back."""
+    loop = asyncio.get_running_loop()
+    bucket = TokenBucket.strict(limit=3, per=1)
+    for _ in range(3):
+        await bucket.acquire()
+        await asyncio.sleep(0.2)
+    waits = []
+
+    async def request(n):
+        start = loop.time()
+        with contextlib.suppress(RateLimitExceeded):
+            await bucket.acquire(n, timeout=1.5)
+            waits.append(loop.time() - start)
+
+    await asyncio.gather(*(request(n) for n in (2, 2, 2, 2)))
+    assert [round(wait, 6) for wait in waits] == [0.6]  # the next would wait 1.6 s

@@ -124,6 +124,8 @@ class TokenBucket:
             self._bind()
         if n != 1:
             self._check(n)
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         line = self._line
         if not line.waiters and self._level.take(n, loop.time()):
             line.granted += 1
@@ -290,6 +292,8 @@ class TokenBuckets:
         for name, n in costs.items():
             self._buckets[name]._bind()
             self._buckets[name]._check(n)
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         if not self._line.waiters and self._line.level.take(costs, loop.time()):
             self._line.granted += 1
         else:
@@ -472,32 +476,33 @@ class _Window:
         return True
 
     def give_back(self, n: int, now: float) -> None:
-        self._forget(now)
-        if n < 0:
+        if n < 0:  # owed: it counts from now on, like what is taken
             self.log.append((now, -n))
             self.used -= n
-        while n > 0 and self.log:  # the oldest go first: so none comes back too early
-            when, taken = self.log.popleft()
-            if taken > n:
-                self.log.appendleft((when, taken - n))
-            self.used -= min(taken, n)
-            n -= taken
+            return
+        self._forget(now)
+        # Nobody tells whose tokens these are. Those of this moment go first: a grant that was
+        # cancelled. Then the oldest, so that what stays in the log counts for longest.
+        while n and self.log:
+            of_now = self.log[-1][0] >= now
+            when, held = self.log.pop() if of_now else self.log.popleft()
+            back = min(n, held)
+            n -= back
+            self.used -= back
+            if held > back:
+                (self.log.append if of_now else self.log.appendleft)((when, held - back))
 
     def wait(self, line: list[int], now: float) -> float:
         self._forget(now)
-        total = sum(line)
-        free = self.limit - self.used
-        if total <= free:
-            return 0.0
-        # The tokens come back one period after they were taken, round after round.
-        rounds, place = divmod(total - free - 1, self.limit)
-        back = now + self.per  # of those that are taken now
-        for when, n in self.log:
-            place -= n
-            if place < 0:
-                back = when + self.per
-                break
-        return max(0.0, back + rounds * self.per - now)
+        log, used, at = deque(self.log), self.used, now
+        for n in line:
+            while log and used + n > self.limit:
+                when, back = log.popleft()
+                at = max(at, when + self.per)
+                used -= back
+            log.append((at, n))
+            used += n
+        return at - now
 
     def tokens(self, now: float) -> float:
         """Return how many tokens are there at ``now``; below 0 if the bucket owes some."""
@@ -547,5 +552,4 @@ class _Levels:
 def _least(timeout: float | None, left: float | None) -> float | None:
     if timeout is None:
         return left
-    check_seconds("timeout", timeout)
     return timeout if left is None else min(timeout, left)
