@@ -23,8 +23,8 @@ TESTS = sorted(Path(__file__).parent.rglob("test_*.py"))
 def imports_of_ours(module: str) -> set[str]:
     """Return the modules of the package that a module imports."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return {str(node.module) for node in froms if node.level == 1}
+    ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {str(node.module) for node in ours if node.level == 1}
 
 
 @pytest.mark.parametrize("module", PATTERNS)

@@ -12,7 +12,11 @@ import pytest
 
 from concurrency_patterns.testing import (
     CancellationFault,
+    Chaos,
     Deadlock,
+    FakeService,
+    Leak,
+    assert_no_leaks,
     explore_cancellation,
     run_virtual,
     virtual_time,
@@ -206,3 +210,113 @@ def test_the_invariant_may_be_asynchronous():
         return True
 
     assert explore_cancellation(object, scenario, holds) > 1
+
+
+async def test_a_task_that_is_left_running_is_a_leak():
+    """The leak names the function of the task."""
+    with pytest.raises(Leak, match="still running: forgotten"):
+        async with assert_no_leaks():
+
+            async def forgotten():
+                await asyncio.sleep(3600)
+
+            task = asyncio.create_task(forgotten())
+    task.cancel()
+
+
+async def test_an_exception_that_nobody_retrieved_is_a_leak():
+    """The leak tells the exception that would only have been logged."""
+
+    async def fail():
+        raise OSError("unseen")
+
+    with pytest.raises(Leak, match=r"never retrieved.*unseen"):
+        async with assert_no_leaks():
+            asyncio.create_task(fail())  # noqa: RUF006 -- dropped on purpose
+            await asyncio.sleep(1)
+
+
+async def test_a_block_that_leaves_nothing_passes():
+    """Tasks that ended, and tasks from before, are no leaks."""
+    before = asyncio.create_task(asyncio.sleep(3600))
+    async with assert_no_leaks():
+        await asyncio.create_task(asyncio.sleep(1))
+    before.cancel()
+    assert not before.done()
+
+
+async def test_an_error_in_the_block_comes_out_as_it_is():
+    """The block's own exception is not replaced by a leak."""
+    with pytest.raises(OSError, match="mine"):
+        async with assert_no_leaks():
+            raise OSError("mine")
+
+
+async def test_chaos_does_the_same_with_the_same_seed():
+    """About the share that was asked for goes wrong, and the same calls again with that seed."""
+
+    async def outcomes():
+        chaos = Chaos(fault_rate=0.3, result_rate=0.2, result="wrong", seed=7)
+        seen = []
+        for _ in range(100):
+            try:
+                seen.append(await chaos.call(FakeService("ok")))
+            except ConnectionError:
+                seen.append("fault")
+        return seen, chaos.statistics()
+
+    first, statistics = await outcomes()
+    assert (first, statistics) == await outcomes()
+    assert statistics.calls == 100
+    assert first.count("fault") == statistics.faults
+    assert first.count("wrong") == statistics.results
+    assert 20 <= statistics.faults <= 40
+
+
+async def test_chaos_delays_and_can_decorate():
+    """A delayed call takes that much longer and then returns its own result."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    @Chaos(latency_rate=1, latency=2)
+    async def service():
+        return "ok"
+
+    assert await service() == "ok"
+    assert loop.time() - start == 2.0
+    with pytest.raises(TypeError, match="async function"):
+        Chaos()(len)
+
+
+@pytest.mark.parametrize("arguments", [{"fault_rate": 1.1}, {"latency_rate": -1}, {"latency": -1}])
+def test_senseless_chaos_is_refused(arguments):
+    """Shares outside of 0 to 1 and negative delays are refused."""
+    with pytest.raises(ValueError, match="must be"):
+        Chaos(**arguments)
+
+
+async def test_a_fake_service_does_what_its_script_says():
+    """Each call is one step; the last one is repeated, and the calls are kept."""
+    service = FakeService("error", "slow", "ok", KeyError("gone"), "hang", slow=3)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    with pytest.raises(ConnectionError):
+        await service(1)
+    assert await service(2) == 2
+    assert loop.time() - start == 3.0
+    assert await service() == "ok"
+    with pytest.raises(KeyError):
+        await service()
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(10):
+                await service()
+    assert service.calls == [(1,), (2,), (), (), (), ()]
+
+
+@pytest.mark.parametrize("script", [(), ("fine",)])
+def test_a_senseless_script_is_refused(script):
+    """An empty script and an unknown step are refused."""
+    with pytest.raises(ValueError, match="script must be steps out of"):
+        FakeService(*script)

@@ -3,33 +3,47 @@
 :func:`run_virtual` runs a program on a clock that jumps to the next timer, so that an hour of
 sleeping takes milliseconds and every measured time is exact. :func:`explore_cancellation` runs a
 scenario again and again, cancels each of its tasks at each step, and checks that nothing is lost.
+:func:`assert_no_leaks` finds forgotten tasks and unseen errors; :class:`FakeService` and
+:class:`Chaos` stand in for a service on a bad day.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import inspect
+import random
 import selectors
 import threading
 from collections import deque
 from concurrent.futures import thread as executor_threads
+from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from unittest import mock
 
+from .errors import check_seconds
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
 __all__ = [
     "CancellationFault",
+    "Chaos",
+    "ChaosStatistics",
     "Deadlock",
+    "FakeService",
+    "Leak",
     "VirtualTimeLoop",
+    "assert_no_leaks",
     "explore_cancellation",
     "run_virtual",
     "virtual_time",
 ]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 # Not 0: no real clock starts there, so a program that prints ``loop.time()`` itself is found out.
 START = 1000.0
@@ -279,6 +293,203 @@ class _Attempt:
             return "without any cancellation"
         name = _function(self.tasks[self.victim])
         return f"task {self.victim} ({name}) cancelled at its step {self.step}, at {self.stood}"
+
+
+class Leak(AssertionError):  # noqa: N818 -- says what was found
+    """Something was left behind: a running task, or an error that nobody looked at."""
+
+
+@contextlib.asynccontextmanager
+async def assert_no_leaks() -> AsyncIterator[None]:
+    """Check that a block leaves no task running and no error unseen.
+
+    A forgotten task goes on after the test and fails in another one, or never; an exception in a
+    task that nobody awaits is a line in a log. Both are told here, at the place where they arise.
+
+    Raises:
+        Leak: If a task that was created in the block still runs, or asyncio reported an error
+            there, such as an exception that was never retrieved. The message tells which.
+    """
+    loop = asyncio.get_running_loop()
+    before = asyncio.all_tasks()
+    reports: list[str] = []
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: reports.append(_told(context)))
+    try:
+        yield
+        gc.collect()  # asyncio reports what was never retrieved when the task is collected
+        await asyncio.sleep(0)
+    finally:
+        loop.set_exception_handler(handler)
+    running = sorted(_function(task) for task in asyncio.all_tasks() - before)
+    if running:
+        reports.append(f"still running: {', '.join(running)}")
+    if reports:
+        raise Leak("; ".join(reports))
+
+
+def _told(context: dict[str, Any]) -> str:
+    error = context.get("exception")
+    return f"{context['message']}: {error!r}" if error else str(context["message"])
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosStatistics:
+    """What a :class:`Chaos` has done.
+
+    Attributes:
+        calls: How many calls came by.
+        faults: How many of them failed.
+        delays: How many of them were delayed.
+        results: How many of them got another result.
+    """
+
+    calls: int
+    faults: int
+    delays: int
+    results: int
+
+
+class Chaos:
+    """Make a share of the calls fail, be slow, or return something wrong.
+
+    Code for bad days is rarely run on good ones, so its faults are found in an outage. This is a
+    policy that brings the bad days into a test. In a composition it stands innermost, in the
+    place of the service. The same seed gives the same bad days.
+
+    Args:
+        fault_rate: The share of calls that fail, from 0 to 1.
+        fault: What they raise: an exception class, or a function that makes an exception.
+        latency_rate: The share of calls that are delayed, from 0 to 1.
+        latency: How long these are delayed, in seconds.
+        result_rate: The share of calls that return ``result`` instead of their own.
+        result: What these return.
+        seed: The seed of the random numbers.
+
+    Raises:
+        ValueError: If a share is not between 0 and 1, or ``latency`` negative.
+
+    The kinds of faults are those of Polly's chaos strategies (Simmy); the idea is Netflix's chaos
+    engineering.
+    """
+
+    def __init__(
+        self,
+        *,
+        fault_rate: float = 0.0,
+        fault: Callable[[], BaseException] = ConnectionError,
+        latency_rate: float = 0.0,
+        latency: float = 1.0,
+        result_rate: float = 0.0,
+        result: Any = None,
+        seed: int = 0,
+    ) -> None:
+        rates = {
+            "fault_rate": fault_rate,
+            "latency_rate": latency_rate,
+            "result_rate": result_rate,
+        }
+        for name, rate in rates.items():
+            check_seconds(name, rate)
+            if rate > 1:
+                raise ValueError(f"{name} must be at most 1, got {rate!r}")
+        check_seconds("latency", latency)
+        self._rates = rates
+        self._fault = fault
+        self._latency = latency
+        self._result = result
+        self._random = random.Random(seed)  # noqa: S311 -- for tests, and repeatable
+        self._calls = self._faults = self._delays = self._results = 0
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{name}={rate!r}" for name, rate in self._rates.items() if rate)
+        return f"Chaos({shares})"
+
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn``, or do what chance says.
+
+        Args:
+            fn: An asynchronous function.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What ``fn`` returns, or ``result``.
+        """
+        self._calls += 1
+        if self._happens("latency_rate"):
+            self._delays += 1
+            await asyncio.sleep(self._latency)
+        if self._happens("fault_rate"):
+            self._faults += 1
+            raise self._fault()
+        if self._happens("result_rate"):
+            self._results += 1
+            return cast("T", self._result)
+        return await fn(*args, **kwargs)
+
+    def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Decorate an ``async def`` so that a share of its calls goes wrong."""
+        if not inspect.iscoroutinefunction(fn):
+            raise TypeError(f"fn must be an async function, got {fn!r}")
+
+        @functools.wraps(fn)
+        async def unreliable(*args: P.args, **kwargs: P.kwargs) -> T:
+            return await self.call(fn, *args, **kwargs)
+
+        return unreliable
+
+    def statistics(self) -> ChaosStatistics:
+        """Return what has been done so far."""
+        return ChaosStatistics(self._calls, self._faults, self._delays, self._results)
+
+    def _happens(self, name: str) -> bool:
+        return self._random.random() < self._rates[name]
+
+
+class FakeService:
+    """A service that does what a script says, one step for each call.
+
+    Args:
+        *script: The steps: ``"ok"`` returns the arguments' first or ``"ok"``, ``"error"`` raises
+            :exc:`ConnectionError`, ``"slow"`` returns after a while, ``"hang"`` never returns; an
+            exception is raised as it is. After the last step, its kind is repeated.
+        slow: How long a slow call takes, in seconds.
+
+    Attributes:
+        calls: The positional arguments of each call so far.
+
+    Raises:
+        ValueError: If there is no step, or an unknown one.
+    """
+
+    def __init__(self, *script: str | BaseException, slow: float = 1.0) -> None:
+        known = {"ok", "error", "slow", "hang"}
+        unknown = [s for s in script if not isinstance(s, BaseException) and s not in known]
+        if not script or unknown:
+            raise ValueError(f"script must be steps out of {sorted(known)}, got {script!r}")
+        check_seconds("slow", slow)
+        self.calls: list[tuple[Any, ...]] = []
+        self._script = script
+        self._slow = slow
+
+    async def __call__(self, *args: Any) -> Any:
+        """Do the next step of the script.
+
+        Returns:
+            The first argument, or ``"ok"`` if there is none.
+        """
+        step = self._script[min(len(self.calls), len(self._script) - 1)]
+        self.calls.append(args)
+        if isinstance(step, BaseException):
+            raise step
+        if step == "error":
+            raise ConnectionError(f"call {len(self.calls)} failed, as the script says")
+        if step == "slow":
+            await asyncio.sleep(self._slow)
+        if step == "hang":
+            await asyncio.get_running_loop().create_future()
+        return args[0] if args else "ok"
 
 
 def _function(task: asyncio.Task[Any]) -> str:
