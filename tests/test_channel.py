@@ -6,10 +6,18 @@ import asyncio
 from contextlib import suppress
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from concurrency_patterns.channel import Channel, produce_consume
 from concurrency_patterns.errors import ChannelClosed, ChannelEmpty, PatternError, QueueFull
-from concurrency_patterns.testing import Deadlock, explore_cancellation, run_virtual
+from concurrency_patterns.testing import (
+    Deadlock,
+    VirtualTimeLoop,
+    explore_cancellation,
+    run_virtual,
+)
 
 
 async def test_items_come_out_in_order_and_the_iteration_ends_after_close():
@@ -566,3 +574,96 @@ def test_cancelled_at_any_step_no_item_of_produce_consume_is_lost():
         )
 
     assert explore_cancellation(Run, scenario, Run.whole) > 20
+
+
+class ChannelMachine(RuleBasedStateMachine):
+    """The channel beside two lists that do the same in the plainest way."""
+
+    def __init__(self):
+        super().__init__()
+        self.loop = VirtualTimeLoop()
+        self.channel = Channel(2)
+        self.buffer = []
+        self.senders = []  # (item, task), in order
+        self.receivers = []  # tasks, in order
+        self.expected = []  # (task, item)
+        self.number = 0
+        self.closed = False
+
+    def settle(self):
+        self.loop.run_until_complete(asyncio.sleep(0.001))
+
+    def match(self):
+        while True:
+            if self.receivers and self.buffer:
+                self.expected.append((self.receivers.pop(0), self.buffer.pop(0)))
+            elif self.senders and len(self.buffer) < 2:
+                self.buffer.append(self.senders.pop(0)[0])
+            else:
+                return
+
+    @precondition(lambda self: not self.closed)
+    @rule()
+    def send(self):
+        self.number += 1
+        self.senders.append((self.number, self.loop.create_task(self.channel.send(self.number))))
+        self.match()
+        self.settle()
+
+    @rule()
+    def receive(self):
+        task = self.loop.create_task(self.channel.receive())
+        self.receivers.append(task)
+        self.match()
+        self.settle()
+        if self.closed and task in self.receivers:
+            self.receivers.remove(task)
+            assert isinstance(task.exception(), ChannelClosed)
+
+    @precondition(lambda self: self.senders)
+    @rule(data=st.data())
+    def cancel_sender(self, data):
+        entry = data.draw(st.sampled_from(self.senders))
+        self.senders.remove(entry)
+        entry[1].cancel()
+        self.settle()
+
+    @precondition(lambda self: self.receivers)
+    @rule(data=st.data())
+    def cancel_receiver(self, data):
+        task = data.draw(st.sampled_from(self.receivers))
+        self.receivers.remove(task)
+        task.cancel()
+        self.settle()
+
+    @precondition(lambda self: not self.closed)
+    @rule()
+    def close(self):
+        self.channel.close()
+        self.closed = True
+        self.settle()
+        for task in [task for _, task in self.senders] + self.receivers:
+            assert isinstance(task.exception(), ChannelClosed)
+        self.senders.clear()
+        self.receivers.clear()
+
+    @invariant()
+    def agrees(self):
+        seen = self.channel.statistics()
+        assert seen.buffered == len(self.buffer)
+        assert (seen.waiting_senders, seen.waiting_receivers) == (
+            len(self.senders),
+            len(self.receivers),
+        )
+        assert [task.result() for task, _ in self.expected] == [item for _, item in self.expected]
+
+    def teardown(self):
+        for task in [task for _, task in self.senders] + self.receivers:
+            task.cancel()
+        self.settle()
+        self.loop.close()
+
+
+TestChannelAgreesWithItsModel = ChannelMachine.TestCase
+TestChannelAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
+TestChannelAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, items are conserved."
