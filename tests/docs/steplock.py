@@ -29,6 +29,9 @@ OWN_NAME = re.compile(r"简体中文|中文")  # a language is called by its own
 # Beside Chinese punctuation CommonMark does not see bold or italics: the reader sees asterisks.
 RAW_ASTERISK = re.compile(r"\*\*|\*(?=\S)|(?<=\S)\*")
 
+# What is no prose in a page of the reference: directives, their options, underlines of headings.
+REFERENCE = re.compile(r"^(?:\.\. .*|[ ]+:(?!description:).*|[=~^-](?=[=~^-]+$))", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -92,6 +95,16 @@ def missing_pages(root: Path) -> Iterator[str]:
         yield f"docs/zh/{name} is missing: docs/en/{name} translates nothing"
 
 
+def reference_pages(root: Path) -> Iterator[str]:
+    """The pages in reStructuredText, one a module, have the same targets and directives."""
+    for name in sorted(names_in(root / "docs" / "zh") & names_in(root / "docs" / "en")):
+        if name.endswith(".rst"):
+            paths = [root / "docs" / language / name for language in ("zh", "en")]
+            zh, en = (path.read_text(encoding="utf-8") for path in paths)
+            if REFERENCE.findall(zh) != REFERENCE.findall(en):
+                yield f"docs/zh/{name} and docs/en/{name} have other targets or directives"
+
+
 def outline(source: Source) -> list[tuple[int, str, str]]:
     """Return line, kind (``h1``, ``h2``, …, ``target``) and label of headings and targets."""
     found = []
@@ -151,7 +164,7 @@ def fences(zh: Source, en: Source) -> Iterator[str]:
 def comparable(info: str) -> str:
     """Return a fence's name and what stands behind it; of a title, nothing."""
     name, _, argument = info.partition(" ")
-    return info if name in {"{picture}", "{defaults}"} or not argument else name
+    return info if name in {"{picture}", "{defaults}", "{performance}"} or not argument else name
 
 
 def programs(zh: Source, en: Source) -> Iterator[str]:

@@ -12,6 +12,7 @@ from steplock import (
     Source,
     missing_pages,
     read_pairs,
+    reference_pages,
     repeated_targets,
 )
 
@@ -48,6 +49,11 @@ def test_pages_exist_in_both_languages(root: Path) -> None:
 def test_pages_are_in_step(root: Path, check: Check) -> None:
     """Each pair of pages passes each check."""
     refuse(fault for zh, en in read_pairs(root) for fault in check(zh, en))
+
+
+def test_reference_pages_are_in_step(root: Path) -> None:
+    """The pages of the reference differ in their words alone."""
+    refuse(reference_pages(root))
 
 
 def test_targets_are_unique(root: Path) -> None:

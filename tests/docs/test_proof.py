@@ -382,6 +382,19 @@ def test_a_page_in_one_language_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_a_reference_page_that_differs_is_told(tmp_path: Path) -> None:
+    """A page in reStructuredText has the same target, the same level and the same module."""
+    good = ".. meta::\n   :description: {0}\n\n.. _x:\n\n{0}\n=====\n\n.. automodule:: x\n"
+    zh, en = (tmp_path / "docs" / language / "x.rst" for language in ("zh", "en"))
+    for path, words in ((zh, "甲"), (en, "A")):
+        path.parent.mkdir(parents=True)
+        path.write_text(good.format(words), encoding="utf-8")
+    assert not list(steplock.reference_pages(tmp_path))
+    for old, new in (("_x", "_y"), ("=====", "-----"), (":: x", ":: x\n   :members:")):
+        en.write_text(good.format("A").replace(old, new), encoding="utf-8")
+        assert len(list(steplock.reference_pages(tmp_path))) == 1
+
+
 @pytest.mark.parametrize(
     ("zh", "en", "told"),
     [
