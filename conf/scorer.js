@@ -1,7 +1,12 @@
-// A page that explains stands before the reference of the same name.
+// The page or the section that bears the name comes first, then what explains, then the pages that
+// gather things of all kinds, which hold nearly every word.
+const GATHERS = /^(reference\/.*|from-the-chapter|best-practices|glossary|index)$/;
 var Scorer = {
-  score: ([docname, title, anchor, descr, score, filename, kind]) =>
-    docname.startsWith("reference/") && kind !== "object" ? score / 2 : score,
+  score: ([docname, title, anchor, descr, score, filename, kind]) => {
+    if (kind === "title") return score + 5;
+    if (kind === "object") return 0.7 * score;
+    return GATHERS.test(docname) ? score / 2 : score;
+  },
   objNameMatch: 11,
   objPartialMatch: 6,
   objPrio: { 0: 15, 1: 5, 2: -5 },

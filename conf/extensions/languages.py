@@ -138,7 +138,7 @@ def add_context(
     context["site_url"] = app.config.site_url
     context["localize"] = lambda html: localize(html, here, pagename)
     if context.get("body"):
-        context["body"] = make_focusable(context["body"])
+        context["body"] = make_accessible(context["body"])
     if doctree is None:
         add_description(context, here)
 
@@ -168,8 +168,12 @@ def localize(html: str, here: Language, pagename: str) -> str:
     return html
 
 
-def make_focusable(body: str) -> str:
-    """Let the keyboard reach what scrolls sideways: code, and wide tables."""
+def make_accessible(body: str) -> str:
+    """Let the keyboard reach what scrolls sideways: code, and wide tables.
+
+    The empty corner of a table is no heading.
+    """
+    body = re.sub(r'<th class="head">\s*(<p>\s*</p>)?\s*</th>', '<td class="head"></td>', body)
     body = re.sub(r"(<div class=\"highlight\"><pre)>", r'\1 tabindex="0">', body)
     return body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
 
