@@ -471,7 +471,8 @@ class _Worker(asyncio.Protocol):
             end = HEADER.size + size
             if len(self._buffer) < end:
                 return
-            body = bytes(self._buffer[HEADER.size : end])
+            with memoryview(self._buffer) as view:  # a slice of the array would be a second copy
+                body = bytes(view[HEADER.size : end])
             del self._buffer[:end]
             self._on_message(self, kind, body)
 
