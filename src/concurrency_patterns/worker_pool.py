@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from .errors import (
     PatternError,
@@ -125,6 +125,7 @@ class WorkerPool:
         self._line: deque[_Job] = deque()
         self._lines: list[tuple[int, deque[_Job]]] = [(0, self._line)]
         self._idle: deque[asyncio.Future[None]] = deque()
+        self._waking = False  # a worker was woken for a job and has not run yet
 
     async def __aexit__(
         self,
@@ -331,8 +332,7 @@ class WorkerPool:
     def _enqueue(self, line: deque[_Job], job: _Job) -> None:
         line.append(job)
         self._queued += 1
-        if self._idle:
-            _wake(self._idle, 1)
+        self._wake_for_job()
 
     def _line_of(self, level: int) -> deque[_Job]:
         for known, line in self._lines:
@@ -342,6 +342,10 @@ class WorkerPool:
         self._lines.append((level, line))
         self._lines.sort(key=lambda pair: pair[0])
         return line
+
+    def _on_withdrawn(self) -> None:
+        self._queued -= 1
+        self._cancelled += 1
 
     def _next_job(self) -> _Job | None:
         for _, line in self._lines:
@@ -359,22 +363,38 @@ class WorkerPool:
                 self._queued -= 1
                 await self._run(job, worker)
             elif self._open:
-                waiter = asyncio.get_running_loop().create_future()
-                self._idle.append(waiter)
-                await waiter
+                await self._wait_for_job()
             else:
                 return
-        # A worker that is too many leaves; one that was woken for a task passes the task on.
+        # A worker that is too many leaves; if it was woken for a task, another one takes that.
         self._workers.discard(worker)
-        if self._queued:
-            _wake(self._idle, 1)
+        self._wake_for_job()
+
+    async def _wait_for_job(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._idle.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self._waking = False
+            self._wake_for_job()
+            raise
+        self._waking = False
+        # One wakes the next, as long as there are jobs: so workers sleep on whose jobs would be
+        # done before they begin.
+        self._wake_for_job(but=1)
+
+    def _wake_for_job(self, but: int = 0) -> None:
+        """Wake an idle worker if there are jobs, ``but`` as many as are taken anyway."""
+        if self._queued > but and not self._waking and self._idle:
+            self._waking = _wake(self._idle, 1) > 0
 
     async def _run(self, job: _Job, worker: asyncio.Task[None]) -> None:
         job.start(worker)
         self._busy += 1
         try:
             if self._bare:
-                result = await job.fn(*job.args, **job.kwargs)
+                result = await job.call()
             else:
                 result = await self._guarded(job)
         except asyncio.CancelledError as error:
@@ -403,15 +423,14 @@ class WorkerPool:
 
     async def _timed(self, job: _Job) -> Any:
         if self._task_timeout is None:
-            return await job.fn(*job.args, **job.kwargs)
+            return await job.call()
         async with deadline(self._task_timeout):
-            return await job.fn(*job.args, **job.kwargs)
+            return await job.call()
 
     async def _abort(self) -> None:
         self._aborting = True
         while (job := self._next_job()) is not None:
-            self._queued -= 1
-            self._cancelled += 1
+            self._on_withdrawn()
             job.end_cancelled(asyncio.CancelledError("the pool was closed"))
         cancelled = await _cancel_and_wait(self._workers)
         if cancelled is not None:
@@ -456,34 +475,28 @@ class TaskHandle(asyncio.Future[R], Generic[R]):
         super().cancel()
 
 
-class _Job:
+class _Job(Protocol):
     """A call that waits for a worker or runs on one."""
 
-    __slots__ = ("args", "fn", "kwargs", "withdrawn", "worker")
+    withdrawn: bool  # still in its line, but no worker shall take it
 
-    def __init__(
-        self, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.fn = fn
-        self.args = args
-        self.kwargs = kwargs
-        self.worker: asyncio.Task[None] | None = None
-        self.withdrawn = False  # still in its line, but no worker shall take it
+    def call(self) -> Awaitable[Any]:
+        """Make the call."""
 
     def start(self, worker: asyncio.Task[None]) -> None:
-        self.worker = worker
+        """Take note that it runs now."""
 
     def end(self, result: Any, error: BaseException | None) -> None:
-        raise NotImplementedError  # a job of a handle and one of a map end in different ways
+        """Take note of its outcome."""
 
     def end_cancelled(self, error: asyncio.CancelledError) -> None:
-        raise NotImplementedError
+        """Take note that it was cancelled, or raised CancelledError by itself."""
 
 
-class _HandleJob(_Job):
+class _HandleJob:
     """A job whose outcome goes into a handle, and which takes a place in the queue."""
 
-    __slots__ = ("handle", "pool")
+    __slots__ = ("_args", "_fn", "_handle", "_kwargs", "_pool", "_worker", "withdrawn")
 
     def __init__(
         self,
@@ -493,61 +506,75 @@ class _HandleJob(_Job):
         handle: TaskHandle[Any],
         pool: WorkerPool,
     ) -> None:
-        super().__init__(fn, args, kwargs)
-        self.handle = handle
-        self.pool = pool
+        self._fn = fn
+        self._args = args
+        self._kwargs = kwargs
+        self._handle = handle
+        self._pool = pool
+        self._worker: asyncio.Task[None] | None = None
+        self.withdrawn = False
+
+    def call(self) -> Awaitable[Any]:
+        return self._fn(*self._args, **self._kwargs)
 
     def start(self, worker: asyncio.Task[None]) -> None:
-        self.worker = worker
-        self.pool._room.give_back()
+        self._worker = worker
+        self._pool._room.give_back()
 
     def end(self, result: Any, error: BaseException | None) -> None:
-        self.worker = None
+        self._worker = None
         if error is None:
-            self.handle.set_result(result)
+            self._handle.set_result(result)
         elif isinstance(error, StopIteration):  # a future refuses it, as a coroutine does
-            self.handle.set_exception(RuntimeError("the task raised StopIteration"))
+            self._handle.set_exception(RuntimeError("the task raised StopIteration"))
         else:
-            self.handle.set_exception(error)
+            self._handle.set_exception(error)
 
     def end_cancelled(self, error: asyncio.CancelledError) -> None:
-        self.worker = None
-        self.handle._end_cancelled()
+        self._worker = None
+        self._handle._end_cancelled()
 
     def cancel(self, msg: Any | None) -> bool:
-        if self.worker is not None:
-            return self.worker.cancel(msg)  # the handle ends when the task has cleaned up
+        if self._worker is not None:
+            return self._worker.cancel(msg)  # the handle ends when the task has cleaned up
         self.withdrawn = True
-        self.pool._queued -= 1
-        self.pool._cancelled += 1
-        self.pool._room.give_back()
-        self.handle._end_cancelled()
+        self._pool._on_withdrawn()
+        self._pool._room.give_back()
+        self._handle._end_cancelled()
         return True
 
 
-class _StreamJob(_Job):
+class _StreamJob:
     """A job of a map: it keeps its outcome until the reader comes by."""
 
-    __slots__ = ("done", "error", "result", "stream")
+    __slots__ = ("_item", "_stream", "done", "error", "result", "withdrawn", "worker")
 
     def __init__(self, stream: _Stream, item: Any) -> None:
-        super().__init__(stream.fn, (item,), {})
-        self.stream = stream
+        self._stream = stream
+        self._item = item
+        self.worker: asyncio.Task[None] | None = None
+        self.withdrawn = False
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
+
+    def call(self) -> Awaitable[Any]:
+        return self._stream.fn(self._item)
+
+    def start(self, worker: asyncio.Task[None]) -> None:
+        self.worker = worker
 
     def end(self, result: Any, error: BaseException | None) -> None:
         self.worker = None
         self.done = True
         self.result = result
         self.error = error
-        self.stream.on_done(self)
+        self._stream.on_done(self)
 
     def end_cancelled(self, error: asyncio.CancelledError) -> None:
         fault: PatternError = PoolClosed("the pool was closed")
-        if not self.stream.pool._aborting:
-            fault = PatternError(f"the call with {self.args[0]!r} raised CancelledError by itself")
+        if not self._stream.pool._aborting:
+            fault = PatternError(f"the call with {self._item!r} raised CancelledError by itself")
         fault.__cause__ = error
         self.end(None, fault)
 
@@ -631,7 +658,8 @@ class _Stream:
     def _read_ahead(self) -> None:
         """Read an iterable as far as the window allows."""
         items = cast("Iterator[Any]", self._items)
-        while self._reading and self._has_room():
+        most = 2 * self.pool._size
+        while self._out < most and self._reading:
             try:
                 self._start(next(items))
             except StopIteration:
@@ -666,8 +694,7 @@ class _Stream:
         for job in self._started:
             if job.worker is None and not job.done:
                 job.withdrawn = True
-                self.pool._queued -= 1
-                self.pool._cancelled += 1
+                self.pool._on_withdrawn()
         self._ordered = False  # from here on, every end wakes us
         cancelled: asyncio.CancelledError | None = None
         if self._feeder is not None:
