@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -297,6 +298,25 @@ async def test_no_process_to_be_had(monkeypatch):
         with pytest.raises(WorkerCrashed, match="could not be started") as info:
             await pool.submit(work.double, 1)
         assert isinstance(info.value.__cause__, BlockingIOError)
+
+
+def test_a_script_without_a_main_guard_ends_with_a_hint(tmp_path):
+    """Each worker would start workers of its own: the program is told, and does not hang."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import asyncio\n"
+        "from concurrency_patterns.process_pool import ProcessPool\n"
+        "async def main():\n"
+        "    async with ProcessPool(1) as pool:\n"
+        "        await pool.submit(abs, 1)\n"
+        "asyncio.run(main())\n"
+    )
+    ended = subprocess.run(  # noqa: S603 -- our own script
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert ended.returncode == 1
+    assert "WorkerCrashed" in ended.stderr.splitlines()[-1]
+    assert 'needs `if __name__ == "__main__":`' in ended.stderr
 
 
 # What cannot travel.

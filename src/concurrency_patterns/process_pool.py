@@ -318,7 +318,7 @@ class ProcessPool:
             exitcode = cause = None
             try:
                 exitcode = await worker.live(self._context)
-            except OSError as error:  # no process to be had
+            except Exception as error:  # noqa: BLE001 -- no process to be had, for whatever reason
                 cause = error
             finally:
                 was_ready = worker in self._ready
@@ -357,7 +357,7 @@ class ProcessPool:
             message = f"a worker process {end} while it ran {job.name} for {reprlib.repr(job.item)}"
             job.future.set_exception(WorkerCrashed(message, exitcode=exitcode, item=job.item))
 
-    def _on_failed_start(self, exitcode: int | None, cause: OSError | None) -> bool:
+    def _on_failed_start(self, exitcode: int | None, cause: Exception | None) -> bool:
         """Fail an item if no worker is left that could handle it; tell whether more wait."""
         if self._waiting and not self._ready:
             job = self._waiting.popleft()
