@@ -311,7 +311,7 @@ def test_a_script_without_a_main_guard_ends_with_a_hint(tmp_path):
         "        await pool.submit(abs, 1)\n"
         "asyncio.run(main())\n"
     )
-    ended = subprocess.run(  # noqa: S603 -- our own script
+    ended = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=50, check=False
     )
     assert ended.returncode == 1
