@@ -13,4 +13,4 @@ if __name__ == "__main__":
         sys.exit(f"choose one of {', '.join(LANGUAGES)}, not {folder}")
     watched = ["--watch", "src", "--watch", "conf/pictures", "--watch", "conf/static"]
     language = ["-c", "conf", "-D", f"language={LANGUAGES[folder]}"]
-    main([*watched, *language, "--open-browser", f"docs/{folder}", f"build/watch/{folder}"])
+    main([*watched, *language, f"docs/{folder}", f"build/watch/{folder}"])
