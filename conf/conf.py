@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -39,11 +38,6 @@ extensions = [
     "measured",
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
-exclude_patterns = [
-    f"reference/{module}.rst"
-    for module in (page.stem for page in HERE.parent.glob("docs/en/reference/*.rst"))
-    if importlib.util.find_spec(f"concurrency_patterns.{module}") is None
-]
 myst_ref_domains = ["std"]  # [text](#label) never means a function of that name
 myst_enable_extensions = ["colon_fence", "deflist"]
 # MyST would rather have the description of a page under another key, one level deeper.

@@ -34,7 +34,7 @@ def described(docstring: str) -> dict[str, str]:
 
 def first_sentence(text: str) -> str:
     """Return the first sentence, without its full stop."""
-    return re.split(r"(?<=[。；;])|\.(?:\s|$)|:(?=\s)", text, maxsplit=1)[0].rstrip("。；;")
+    return re.split(r"(?<=。)|\.(?:\s|$)", text, maxsplit=1)[0].rstrip("。")
 
 
 def translated(text: str, module: str, language: str) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,12 @@ def test_the_stemmer_exists() -> None:
     assert BigramChinese.language_name == "English"
 
 
+def pages_with(index: dict[str, Any], term: str) -> set[int]:
+    """Return the pages that hold a term in their text or in a title."""
+    found = [index[part].get(term, []) for part in ("terms", "titleterms")]
+    return {page for entry in found for page in (entry if isinstance(entry, list) else [entry])}
+
+
 @pytest.mark.parametrize("term", TERMS)
 def test_the_built_index_holds_the_term(pytestconfig: pytest.Config, term: str) -> None:
     """Some page of the built site is found under all pairs of the term."""
@@ -78,9 +85,7 @@ def test_the_built_index_holds_the_term(pytestconfig: pytest.Config, term: str) 
         pytest.skip("the site is not built: tox -e docs")
     text = path.read_text(encoding="utf-8")
     index = json.loads(text.removeprefix("Search.setIndex(").rstrip().removesuffix(")"))
-    found = [index["terms"].get(pair, []) for pair in pairs(term)]
-    pages = [set(entry) if isinstance(entry, list) else {entry} for entry in found]
-    assert set.intersection(*pages)
+    assert set.intersection(*(pages_with(index, pair) for pair in pairs(term)))
 
 
 def test_the_built_query_is_cut_by_our_rule(pytestconfig: pytest.Config) -> None:
