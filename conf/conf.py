@@ -55,7 +55,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"(concurrency_patterns\.\w+\.)?(\w*T|P|R|K|V|Item|Result)(\.args|\.kwargs)?"),
 ]
 
-autodoc_default_options = {"members": True}
+# In the order of the source: the module's main class comes first. Sphinx would take that of
+# __all__, which is alphabetical; what is not in __all__ is left out by docstrings.py.
+autodoc_default_options = {"members": True, "ignore-module-all": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # sphinx-autodoc-typehints writes them
 always_use_bars_union = True
@@ -98,6 +100,7 @@ html_theme_options = {
         "font-stack": settings.FONTS,
         "font-stack--monospace": settings.MONOSPACE,
     },
+    "dark_css_variables": {"color-code-background": "#1e2124"},
     "top_of_page_buttons": [],
 }
 

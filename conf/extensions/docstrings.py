@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
@@ -58,6 +59,16 @@ def check_docstrings(  # noqa: PLR0917 -- as Sphinx calls it
             logger.warning("%s has no docstring", missing)
 
 
+def skip_private(  # noqa: PLR0917 -- as Sphinx calls it
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out what the module does not name in ``__all__``."""
+    if what != "module":
+        return None
+    module = sys.modules.get(getattr(obj, "__module__", ""))
+    return True if name not in getattr(module, "__all__", [name]) else None
+
+
 def separate_comment(  # noqa: PLR0917 -- as Sphinx calls it
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
@@ -110,6 +121,7 @@ class ChineseDash(SphinxTransform):
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts."""
+    app.connect("autodoc-skip-member", skip_private)
     app.connect("autodoc-process-docstring", check_docstrings)
     app.connect("autodoc-process-docstring", separate_comment, priority=400)  # Napoleon: 500
     app.connect("autodoc-process-docstring", unite_yields)  # after Napoleon, before the types

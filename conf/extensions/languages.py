@@ -66,6 +66,7 @@ LANGUAGES = {
             "<title>Auto light/dark, in light mode</title>": "<title>跟随系统，现为浅色</title>",
             "<title>Auto light/dark, in dark mode</title>": "<title>跟随系统，现为深色</title>",
             "@pradyunsg</a>'s": "@pradyunsg</a> 的",
+            '/furo">Furo</a>': '/furo">Furo</a> 生成',
         },
     ),
     "en": Language(
