@@ -36,6 +36,7 @@ extensions = [
     "picture",
     "defaults",
     "measured",
+    "performance",
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 myst_ref_domains = ["std"]  # [text](#label) never means a function of that name

@@ -102,11 +102,12 @@ def main() -> None:
             run(pattern, 3, quick=True)
         return
     results: dict[str, Any] = {"machine": machine(), "patterns": {}}
-    if options.patterns and RESULTS.exists():
+    if RESULTS.exists():
         old = json.loads(RESULTS.read_text(encoding="utf-8"))
-        if old["machine"] != results["machine"]:
+        if old["machine"] == results["machine"]:
+            results = old
+        elif options.patterns:
             sys.exit("the results in the repository are another machine's: run all patterns")
-        results = old
     for pattern in chosen:
         results["patterns"][pattern] = run(pattern, options.rounds)
         results["patterns"] = {

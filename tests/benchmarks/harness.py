@@ -124,6 +124,8 @@ def _prepare(candidate: Candidate, case: Case, *, quick: bool) -> _Run:
 
 def _calibrate(measure: Measure, case: Case) -> int:
     number = case.least
+    if number == case.most:
+        return number
     measure(number)  # warm
     while number < case.most and measure(number) < case.slice:
         number = min(2 * number, case.most)
