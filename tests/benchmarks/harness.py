@@ -93,6 +93,8 @@ class _Run:
 
 def run_case(case: Case, rounds: int, *, quick: bool = False) -> dict[str, Any]:
     """Measure all candidates of a case, or only ours and those of the standard library."""
+    gc.collect()
+    gc.freeze()  # what earlier cases left behind must not make our collections slow
     chosen = [c for c in case.candidates if not quick or c.package in {OURS, STANDARD_LIBRARY}]
     runs = [_prepare(candidate, case, quick=quick) for candidate in chosen]
     for _ in range(rounds):
@@ -218,11 +220,12 @@ def on_loop(work: Awaitable[Any]) -> Any:
 
 
 def close_loop() -> None:
-    """Close the event loop; the next measure begins another one."""
+    """Close the event loop, and let go of what it has left; the next measure begins another one."""
     global _runner  # noqa: PLW0603 -- one loop for all
     if _runner is not None:
         _runner.close()
         _runner = None
+    gc.unfreeze()
 
 
 def timed(work: Callable[[int], Awaitable[float]]) -> Measure:
