@@ -137,7 +137,7 @@ def limits_hit(_: int, __: int) -> Callable[[], Awaitable[object]]:
     return lambda: limiter.hit(item, "benchmark")
 
 
-def hyx_block() -> Measure:
+async def hyx_block() -> Measure:
     """hyx, which never waits."""
     from hyx.ratelimit import tokenbucket
 
