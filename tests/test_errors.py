@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import pickle
 
@@ -21,6 +23,7 @@ from concurrency_patterns.errors import (
     check_count,
     check_positive,
     check_seconds,
+    notify,
 )
 
 
@@ -98,3 +101,44 @@ def test_what_is_no_number_is_refused(check, value):
     """A string, a bool and None are no numbers."""
     with pytest.raises(TypeError, match=r"^delay must be a number, got "):
         check("delay", value)
+
+
+def test_a_listener_is_told_the_kind_and_the_data():
+    """The data of an event reach the listener as a dictionary; nobody need listen."""
+    told = []
+    notify(lambda *event: told.append(event), "module.happened", seconds=0.5)
+    notify(None, "module.happened", seconds=0.5)
+
+    assert told == [("module.happened", {"seconds": 0.5})]
+
+
+@pytest.mark.parametrize("hashable", [True, False])
+def test_a_listener_that_raises_is_logged_once_for_each_type(caplog, hashable):
+    """What a listener raises, even CancelledError, is logged once for each type, never raised."""
+
+    class Listener:
+        __hash__ = object.__hash__ if hashable else None
+
+        def __call__(self, kind, data):
+            raise data["error"]
+
+    listener = Listener()
+    for error in (KeyError("a"), KeyError("b"), OSError("c"), asyncio.CancelledError()):
+        notify(listener, "module.happened", error=error)
+
+    assert [record.exc_info[0] for record in caplog.records] == [
+        KeyError,
+        OSError,
+        asyncio.CancelledError,
+    ]
+    assert {record.levelno for record in caplog.records} == {logging.ERROR}
+
+
+def test_a_listener_cannot_hold_back_the_end_of_the_program():
+    """KeyboardInterrupt and SystemExit pass through a listener."""
+
+    def leave(kind, data):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        notify(leave, "module.happened")

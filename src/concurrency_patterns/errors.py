@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "ChannelClosed",
@@ -167,3 +173,46 @@ def check_loop(owner: object, bound: asyncio.AbstractEventLoop | None) -> asynci
         name = type(owner).__name__
         raise RuntimeError(f"this {name} is in use on another event loop; make one for each loop")
     return loop
+
+
+def notify(
+    listener: Callable[[str, dict[str, Any]], object] | None, kind: str, /, **data: Any
+) -> None:
+    """Tell a listener what happened, whatever it does with that.
+
+    Nobody's call shall fail because somebody watches it: what the listener raises is logged, once
+    for each listener and type of exception, and goes no further.
+
+    Args:
+        listener: Called with ``kind`` and a dictionary of ``data``; ``None`` for nobody.
+        kind: What happened, as ``"<module>.<what>"`` in the past tense.
+        **data: The details; durations in seconds.
+    """
+    if listener is not None:
+        tell(listener, kind, data)
+
+
+def tell(listener: Callable[..., object], *args: Any) -> None:
+    """Call a listener, and log what it raises."""
+    try:
+        listener(*args)
+    except (Exception, asyncio.CancelledError) as error:
+        if _is_first(listener, type(error)):
+            logging.getLogger("concurrency_patterns").exception(
+                "the listener %r failed; further %ss of it are not logged",
+                listener,
+                type(error).__name__,
+            )
+
+
+_failed: weakref.WeakKeyDictionary[Any, set[type]] = weakref.WeakKeyDictionary()
+
+
+def _is_first(listener: Any, error: type) -> bool:
+    try:
+        known = _failed.setdefault(listener, set())
+    except TypeError:  # it has no hash, or takes no weak reference
+        known = _failed.setdefault(type(listener), set())
+    first = error not in known
+    known.add(error)
+    return first
