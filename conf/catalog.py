@@ -42,7 +42,7 @@ def templates(docs: Path = DOCS, python_path: str = "") -> dict[str, polib.POFil
     with tempfile.TemporaryDirectory() as out:
         only = ["-D", "master_doc=reference/index", "-D", "include_patterns=reference/*"]
         command = ["-m", "sphinx", "-q", "-E", "-b", "gettext", "-c", "conf", *only]
-        environment = os.environ | {"PYTHONPATH": python_path}
+        environment = os.environ | ({"PYTHONPATH": python_path} if python_path else {})
         subprocess.run(
             [sys.executable, *command, str(docs), out], cwd=ROOT, check=True, env=environment
         )
