@@ -127,3 +127,13 @@ def test_a_label_that_the_theme_has_lost_is_told(monkeypatch: pytest.MonkeyPatch
     assert not told
     languages.localize("<p>", here, "index")
     assert len(told) == len(here.labels)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_every_module_is_in_the_reference(language: str) -> None:
+    """A new module gets its page in both languages, and its place in the list."""
+    reference = ROOT / "docs" / language / "reference"
+    modules = {path.stem for path in (ROOT / "src" / "concurrency_patterns").glob("[a-z]*.py")}
+    assert {path.stem for path in reference.glob("*.rst")} == modules
+    listed = (reference / "index.md").read_text(encoding="utf-8").splitlines()
+    assert modules <= set(listed)
