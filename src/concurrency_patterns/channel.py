@@ -18,6 +18,7 @@ from .errors import (
     check_count,
     check_loop,
     check_seconds,
+    notify,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class Channel(Generic[T]):
             room, or ``"drop_newest"``, which is the item itself.
         on_drop: Called with each item that is dropped.
 
+    Attributes:
+        on_event: Called with the kind and the data of an event: ``channel.dropped`` (``item``),
+            ``channel.rejected``, ``channel.closed``; see
+            :func:`~concurrency_patterns.observe.observe`.
+
     Raises:
         ValueError: If ``capacity`` is below 1, or ``overflow`` none of these words.
 
@@ -108,6 +114,7 @@ class Channel(Generic[T]):
         self._capacity = capacity
         self._overflow = overflow
         self._on_drop = on_drop
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._buffer: deque[T] = deque()
         self._ready = 0  # items in the buffer that are not promised to a receiver
         self._free = capacity  # slots not taken and not promised to a sender
@@ -139,7 +146,8 @@ class Channel(Generic[T]):
             self._free -= 1
         elif self._overflow == "wait":
             await self._wait_for_slot()
-        elif not self._make_room(item):
+        else:
+            self._overflow_with(item)
             return
         self._put(item)
 
@@ -157,9 +165,9 @@ class Channel(Generic[T]):
             raise ChannelClosed(self._closed)
         if self._free > 0:
             self._free -= 1
-        elif not self._make_room(item):
-            return
-        self._put(item)
+            self._put(item)
+        else:
+            self._overflow_with(item)
 
     async def receive(self) -> T:
         """Take the oldest item out of the channel; wait while it is empty.
@@ -286,12 +294,15 @@ class Channel(Generic[T]):
         self._free = self._capacity - self._ready
 
     def _close(self, reason: str) -> None:
+        first = not self._closed
         self._closed = self._closed or reason
         for line in (self._senders, self._receivers):
             while line:
                 waiter = line.popleft()
                 if not waiter.done():
                     waiter.set_exception(ChannelClosed(reason))
+        if first:
+            notify(self.on_event, "channel.closed")
 
     def _put(self, item: T) -> None:
         self._buffer.append(item)
@@ -303,9 +314,10 @@ class Channel(Generic[T]):
         else:
             self._ready += 1
 
-    def _make_room(self, item: T) -> bool:
-        """Do what ``overflow`` says; tell whether there is room for the item now."""
+    def _overflow_with(self, item: T) -> None:
+        """Do what ``overflow`` says with an item for which there is no room."""
         if self._overflow in {"wait", "reject"}:
+            notify(self.on_event, "channel.rejected")
             raise QueueFull(f"the channel is full: capacity {self._capacity}")
         self._dropped += 1
         dropped = item
@@ -313,9 +325,10 @@ class Channel(Generic[T]):
             self._ready -= 1  # a full channel has an item that is not promised
             dropped = self._buffer.popleft()
             self._sent -= 1
+            self._put(item)
         if self._on_drop is not None:
             self._on_drop(dropped)
-        return self._overflow == "drop_oldest"
+        notify(self.on_event, "channel.dropped", item=dropped)
 
     async def _wait_for_slot(self) -> None:
         waiter = asyncio.get_running_loop().create_future()

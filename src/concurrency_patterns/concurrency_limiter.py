@@ -8,9 +8,9 @@ import inspect
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
-from .errors import ConcurrencyLimitExceeded, check_count, check_loop, check_seconds
+from .errors import ConcurrencyLimitExceeded, check_count, check_loop, check_seconds, notify
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -61,6 +61,11 @@ class ConcurrencyLimiter:
         max_queue: How many may wait for slots; ``None`` for any number, 0 for nobody.
         max_wait: The longest wait for slots in seconds; ``None`` for any.
 
+    Attributes:
+        on_event: Called with the kind and the data of an event: ``concurrency_limiter.waited``
+            (``seconds``, ``weight``), ``concurrency_limiter.rejected`` (``reason``); see
+            :func:`~concurrency_patterns.observe.observe`.
+
     Raises:
         ValueError: If ``limit`` is below 1, or ``max_queue`` or ``max_wait`` below 0.
 
@@ -79,6 +84,7 @@ class ConcurrencyLimiter:
         self._limit = limit
         self._max_queue = max_queue
         self._max_wait = max_wait
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._in_use = 0
         self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
         self._emptied: asyncio.Future[None] | None = None  # somebody drains
@@ -263,12 +269,17 @@ class ConcurrencyLimiter:
         self._rejected += 1
         return ConcurrencyLimitExceeded(message, reason=reason)
 
+    def _refuse(self, reason: str, message: str) -> NoReturn:
+        refusal = self._refusal(reason, message)
+        notify(self.on_event, "concurrency_limiter.rejected", reason=reason)
+        raise refusal
+
     async def _wait_in_line(self, weight: int) -> None:
         if self._closed:
-            raise self._refusal("closed", "the limiter is closed")
+            self._refuse("closed", "the limiter is closed")
         if self._max_queue is not None and len(self._waiters) >= self._max_queue:
             waiting = len(self._waiters)
-            raise self._refusal("queue", f"{self._in_use} are inside and {waiting} wait")
+            self._refuse("queue", f"{self._in_use} are inside and {waiting} wait")
         loop = asyncio.get_running_loop()
         start = loop.time()
         waiter = loop.create_future()
@@ -285,11 +296,17 @@ class ConcurrencyLimiter:
             else:
                 self._leave(entry)
             raise
+        except ConcurrencyLimitExceeded as refusal:
+            notify(self.on_event, "concurrency_limiter.rejected", reason=refusal.reason)
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
+        seconds = loop.time() - start
         self._waits += 1
-        self._wait_time += loop.time() - start
+        self._wait_time += seconds
+        if self.on_event is not None:
+            notify(self.on_event, "concurrency_limiter.waited", seconds=seconds, weight=weight)
 
     def _expire(self, entry: tuple[asyncio.Future[None], int]) -> None:
         waiter, _ = entry

@@ -22,7 +22,14 @@ from dataclasses import KW_ONLY, dataclass, field
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
-from .errors import DeadlineExceeded, LocalRejection, check_count, check_positive, check_seconds
+from .errors import (
+    DeadlineExceeded,
+    LocalRejection,
+    check_count,
+    check_positive,
+    check_seconds,
+    notify,
+)
 from .timeout import FailScope, remaining
 
 if TYPE_CHECKING:
@@ -223,6 +230,12 @@ class Retry:
             wait is at least that long, up to this limit.
         budget: A budget shared with other callers.
 
+    Attributes:
+        on_event: Called with the kind and the data of an event: ``retry.attempt_failed``
+            (``number``, ``error``, and the ``delay`` before the next attempt),
+            ``retry.recovered`` (``attempts``), ``retry.gave_up`` (``attempts``, ``reason``,
+            ``error``); see :func:`~concurrency_patterns.observe.observe`.
+
     Raises:
         ValueError: If a number is out of its range.
         TypeError: If ``on`` or ``never`` is no exception class and no function.
@@ -257,6 +270,7 @@ class Retry:
         self.attempt_timeout = attempt_timeout
         self.max_retry_after = max_retry_after
         self.budget = budget
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._matches_on = _predicate("on", on)
         self._matches_never = _predicate("never", never)
         self._timed = max_elapsed is not None or attempt_timeout is not None
@@ -518,26 +532,40 @@ class _Run:
         """Return how long to wait for the next attempt; ``None`` if there is none."""
         reason = self._reason_to_stop(error, now, cut_off=cut_off)
         if reason is None:
-            self._attempts.append(
-                FailedAttempt(error, self._began - self._start, now - self._began)
-            )
-            return self._wait
+            return self._note_failure(error, now)
         if self._number > 1 or reason is not GaveUp.ERROR:  # a bug at once is none of our business
             self._policy._gave_up += 1
             self._attach_report(error, reason, now)
+            self._tell_gave_up(reason, error)
         return None
 
     def after_result(self, result: object, now: float) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if the result is final."""
         policy = self._policy
         if policy.on_result is None or not policy.on_result(result):
-            policy._recovered += self._number > 1
+            if self._number > 1:
+                policy._recovered += 1
+                notify(policy.on_event, "retry.recovered", attempts=self._number)
             return None
-        if self._limit_reached(result, now) is not None:
+        reason = self._limit_reached(result, now)
+        if reason is not None:
             policy._gave_up += 1
+            self._tell_gave_up(reason, None)
             return None
-        self._attempts.append(FailedAttempt(None, self._began - self._start, now - self._began))
+        return self._note_failure(None, now)
+
+    def _note_failure(self, error: Exception | None, now: float) -> float:
+        failed = FailedAttempt(error, self._began - self._start, now - self._began)
+        self._attempts.append(failed)
+        if self._policy.on_event is not None:
+            event = {"number": self._number, "error": error, "delay": self._wait}
+            notify(self._policy.on_event, "retry.attempt_failed", **event)
         return self._wait
+
+    def _tell_gave_up(self, reason: GaveUp, error: Exception | None) -> None:
+        if self._policy.on_event is not None:
+            event = {"attempts": self._number, "reason": reason.value, "error": error}
+            notify(self._policy.on_event, "retry.gave_up", **event)
 
     def begin_attempt(self, now: float) -> None:
         """Count the next attempt; if the timer woke us too late for it, raise the last error."""
@@ -555,6 +583,7 @@ class _Run:
         self._policy._gave_up += 1
         error = last.error or DeadlineExceeded("max_elapsed is over and the result is still bad")
         self._attach_report(error, GaveUp.ELAPSED, now)
+        self._tell_gave_up(GaveUp.ELAPSED, error)
         try:
             raise error
         finally:

@@ -16,7 +16,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
-from .errors import DeadlineExceeded, check_positive, check_seconds
+from .errors import DeadlineExceeded, check_positive, check_seconds, notify
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -190,6 +190,16 @@ class MoveOnScope(Scope):
 _current: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("deadline", default=None)
 
 
+def without_deadline() -> contextvars.Context:
+    """Return a copy of the context for a task on which several callers wait.
+
+    It ends when nobody waits any more, and not with the deadline of the one who started it.
+    """
+    context = contextvars.copy_context()
+    context.run(_current.set, None)
+    return context
+
+
 def _nearest() -> Scope | None:
     """Return the innermost scope that is still open.
 
@@ -214,6 +224,11 @@ class Timeout:
     Args:
         seconds: The time for one call.
 
+    Attributes:
+        on_event: Called with the kind and the data of an event: ``timeout.timed_out``
+            (``seconds``, the time that the call was given); see
+            :func:`~concurrency_patterns.observe.observe`.
+
     Raises:
         ValueError: If ``seconds`` is not above 0 or not finite.
     """
@@ -221,6 +236,7 @@ class Timeout:
     def __init__(self, seconds: float) -> None:
         check_positive("seconds", seconds)
         self.seconds = seconds
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._calls = 0
         self._timed_out = 0
 
@@ -236,7 +252,9 @@ class Timeout:
             async with scope:
                 return await fn(*args, **kwargs)
         finally:
-            self._timed_out += scope.expired
+            if scope.expired:
+                self._timed_out += 1
+                notify(self.on_event, "timeout.timed_out", seconds=self.seconds)
 
     def __call__(
         self, fn: Callable[P, Coroutine[Any, Any, T]]

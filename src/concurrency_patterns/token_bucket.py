@@ -10,7 +10,14 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
-from .errors import RateLimitExceeded, check_count, check_loop, check_positive, check_seconds
+from .errors import (
+    RateLimitExceeded,
+    check_count,
+    check_loop,
+    check_positive,
+    check_seconds,
+    notify,
+)
 from .timeout import remaining
 
 if TYPE_CHECKING:
@@ -61,6 +68,11 @@ class TokenBucket:
         rate: Tokens gained a second; may be a fraction.
         capacity: The most tokens that the bucket holds, and so the largest burst. It starts full.
 
+    Attributes:
+        on_event: Called with the kind and the data of an event: ``token_bucket.waited``
+            (``seconds``, ``n``), ``token_bucket.rejected`` (``retry_after``, ``n``); see
+            :func:`~concurrency_patterns.observe.observe`.
+
     Raises:
         ValueError: If ``rate`` is not above 0 or ``capacity`` is below 1.
 
@@ -99,6 +111,7 @@ class TokenBucket:
         self._capacity = capacity
         self._described = described
         self._line: _Line[int] = _Line(level)
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -129,8 +142,10 @@ class TokenBucket:
         line = self._line
         if not line.waiters and self._level.take(n, loop.time()):
             line.granted += 1
-        else:
+        elif self.on_event is None:
             await line.wait(n, timeout)
+        else:
+            await _wait_and_tell(self, line, n, timeout)
 
     def try_acquire(self, n: int = 1) -> bool:
         """Take ``n`` tokens if they are there and nobody waits; never wait.
@@ -152,6 +167,9 @@ class TokenBucket:
         line = self._line
         if line.waiters or not self._level.take(n, loop.time()):
             line.rejected += 1
+            if self.on_event is not None:
+                seconds = line.time_until(n, loop.time())
+                notify(self.on_event, "token_bucket.rejected", retry_after=seconds, n=n)
             return False
         line.granted += 1
         return True
@@ -257,6 +275,9 @@ class TokenBuckets:
     Args:
         **buckets: The buckets by name, such as ``requests=TokenBucket(...)``.
 
+    Attributes:
+        on_event: As in :class:`TokenBucket`; ``n`` is what was asked for, by name.
+
     Raises:
         ValueError: If there is none.
     """
@@ -266,6 +287,7 @@ class TokenBuckets:
             raise ValueError("buckets must not be empty")
         self._buckets = buckets
         self._line: _Line[Mapping[str, int]] = _Line(_Levels(buckets))
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -297,7 +319,7 @@ class TokenBuckets:
         if not self._line.waiters and self._line.level.take(costs, loop.time()):
             self._line.granted += 1
         else:
-            await self._line.wait(costs, timeout)
+            await _wait_and_tell(self, self._line, costs, timeout)
 
     def settle(self, name: str, estimated: int, actual: int) -> None:
         """Correct what a call took from one bucket, as :meth:`TokenBucket.settle` does."""
@@ -364,13 +386,17 @@ class _Line(Generic[Cost]):
             raise
 
     def _refuse_if_longer(self, n: Cost, limit: float, now: float) -> None:
-        wait = self.level.wait([*(cost for _, cost in self.waiters), n], now)
+        wait = self.time_until(n, now)
         if wait > limit + EARLY:
             self.rejected += 1
             raise RateLimitExceeded(
                 f"the tokens come in {wait:.3g} s, which is more than {limit:.3g} s",
                 retry_after=wait,
             )
+
+    def time_until(self, n: Cost, now: float) -> float:
+        """Return the seconds after which a call that joins the line now can be served."""
+        return self.level.wait([*(cost for _, cost in self.waiters), n], now)
 
     def serve(self, due: float = math.inf) -> None:
         """Grant what can be granted, in order, and set the timer for the next in line.
@@ -400,6 +426,23 @@ class _Line(Generic[Cost]):
     def statistics(self, tokens: float) -> TokenBucketStatistics:
         """Return what the line has done, beside the tokens that there are."""
         return TokenBucketStatistics(tokens, len(self.waiters), self.granted, self.rejected)
+
+
+async def _wait_and_tell(
+    owner: TokenBucket | TokenBuckets,
+    line: _Line[Cost],
+    n: Cost,
+    timeout: float | None,  # noqa: ASYNC109 -- as above
+) -> None:
+    """Wait in line, and tell the listener how that went."""
+    clock = asyncio.get_running_loop().time
+    start = clock()
+    try:
+        await line.wait(n, timeout)
+    except RateLimitExceeded as error:
+        notify(owner.on_event, "token_bucket.rejected", retry_after=error.retry_after, n=n)
+        raise
+    notify(owner.on_event, "token_bucket.waited", seconds=clock() - start, n=n)
 
 
 class _Level:

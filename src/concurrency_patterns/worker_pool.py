@@ -17,6 +17,7 @@ from .errors import (
     check_loop,
     check_positive,
     check_seconds,
+    notify,
 )
 from .timeout import deadline
 
@@ -74,6 +75,12 @@ class WorkerPool:
             :class:`~concurrency_patterns.token_bucket.TokenBucket`. The worker waits for it, and
             the time of the task begins after that.
 
+    Attributes:
+        on_event: Called with the kind and the data of an event: ``worker_pool.task_ended``
+            (``outcome``: ``"ok"``, ``"error"`` or ``"cancelled"``; ``waited``, the seconds in the
+            queue and for the limiter; ``seconds``, those of the task itself),
+            ``worker_pool.rejected``; see :func:`~concurrency_patterns.observe.observe`.
+
     Raises:
         ValueError: If ``workers`` or ``queue_size`` is below 1, or ``task_timeout`` not above 0.
 
@@ -98,6 +105,7 @@ class WorkerPool:
         self._queue_size = queue_size
         self._task_timeout = task_timeout
         self._limiter = limiter
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._bare = task_timeout is None and limiter is None
         self._open = False
         self._aborting = False
@@ -313,6 +321,7 @@ class WorkerPool:
     ) -> TaskHandle[R]:
         self._check_open()
         if not self._room.try_take():
+            notify(self.on_event, "worker_pool.rejected")
             raise QueueFull(f"{self._queue_size} tasks wait for a worker already")
         return self._enqueue_handle(line, fn, args, kwargs)
 
@@ -330,6 +339,9 @@ class WorkerPool:
         return handle
 
     def _enqueue(self, line: deque[_Job], job: _Job) -> None:
+        if self.on_event is not None:
+            now = asyncio.get_running_loop().time()
+            job.times = _Times(now)
         line.append(job)
         self._queued += 1
         self._wake_for_job()
@@ -346,6 +358,12 @@ class WorkerPool:
     def _on_withdrawn(self) -> None:
         self._queued -= 1
         self._cancelled += 1
+
+    def _tell_ended(self, job: _Job, outcome: str) -> None:
+        """Tell how a task ended, if somebody listened when it was submitted."""
+        if job.times is not None:
+            times = job.times.at_end()
+            notify(self.on_event, "worker_pool.task_ended", outcome=outcome, **times)
 
     def _next_job(self) -> _Job | None:
         for _, line in self._lines:
@@ -392,6 +410,9 @@ class WorkerPool:
     async def _run(self, job: _Job, worker: asyncio.Task[None]) -> None:
         job.start(worker)
         self._busy += 1
+        if job.times is not None:
+            job.times.start()
+        outcome = "error"
         try:
             if self._bare:
                 result = await job.call()
@@ -399,6 +420,7 @@ class WorkerPool:
                 result = await self._guarded(job)
         except asyncio.CancelledError as error:
             self._cancelled += 1
+            outcome = "cancelled"
             job.end_cancelled(error)
             if self._aborting:
                 raise
@@ -409,9 +431,12 @@ class WorkerPool:
                 raise
         else:
             self._succeeded += 1
+            outcome = "ok"
             job.end(result, None)
         finally:
             self._busy -= 1
+            if job.times is not None:
+                self._tell_ended(job, outcome)
         if worker.cancelling():
             await _forget_cancellation(worker)
 
@@ -419,6 +444,8 @@ class WorkerPool:
         if self._limiter is None:
             return await self._timed(job)
         async with self._limiter:
+            if job.times is not None:
+                job.times.start()
             return await self._timed(job)
 
     async def _timed(self, job: _Job) -> Any:
@@ -432,6 +459,7 @@ class WorkerPool:
         while (job := self._next_job()) is not None:
             self._on_withdrawn()
             job.end_cancelled(asyncio.CancelledError("the pool was closed"))
+            self._tell_ended(job, "cancelled")
         cancelled = await _cancel_and_wait(self._workers)
         if cancelled is not None:
             raise cancelled
@@ -479,6 +507,7 @@ class _Job(Protocol):
     """A call that waits for a worker or runs on one."""
 
     withdrawn: bool  # still in its line, but no worker shall take it
+    times: _Times | None  # if somebody wants to know
 
     def call(self) -> Awaitable[Any]:
         """Make the call."""
@@ -493,10 +522,28 @@ class _Job(Protocol):
         """Take note that it was cancelled, or raised CancelledError by itself."""
 
 
+class _Times:
+    """When a job was put into its line, and when it began to run."""
+
+    __slots__ = ("_began", "_queued")
+
+    def __init__(self, now: float) -> None:
+        self._queued = now
+        self._began: float | None = None
+
+    def start(self) -> None:
+        self._began = asyncio.get_running_loop().time()
+
+    def at_end(self) -> dict[str, Any]:
+        now = asyncio.get_running_loop().time()
+        began = now if self._began is None else self._began
+        return {"seconds": now - began, "waited": began - self._queued}
+
+
 class _HandleJob:
     """A job whose outcome goes into a handle, and which takes a place in the queue."""
 
-    __slots__ = ("_args", "_fn", "_handle", "_kwargs", "_pool", "_worker", "withdrawn")
+    __slots__ = ("_args", "_fn", "_handle", "_kwargs", "_pool", "_worker", "times", "withdrawn")
 
     def __init__(
         self,
@@ -512,6 +559,7 @@ class _HandleJob:
         self._handle = handle
         self._pool = pool
         self._worker: asyncio.Task[None] | None = None
+        self.times: _Times | None = None
         self.withdrawn = False
 
     def call(self) -> Awaitable[Any]:
@@ -541,18 +589,20 @@ class _HandleJob:
         self._pool._on_withdrawn()
         self._pool._room.give_back()
         self._handle._end_cancelled()
+        self._pool._tell_ended(self, "cancelled")
         return True
 
 
 class _StreamJob:
     """A job of a map: it keeps its outcome until the reader comes by."""
 
-    __slots__ = ("_item", "_stream", "done", "error", "result", "withdrawn", "worker")
+    __slots__ = ("_item", "_stream", "done", "error", "result", "times", "withdrawn", "worker")
 
     def __init__(self, stream: _Stream, item: Any) -> None:
         self._stream = stream
         self._item = item
         self.worker: asyncio.Task[None] | None = None
+        self.times: _Times | None = None
         self.withdrawn = False
         self.done = False
         self.result: Any = None
@@ -695,6 +745,7 @@ class _Stream:
             if job.worker is None and not job.done:
                 job.withdrawn = True
                 self.pool._on_withdrawn()
+                self.pool._tell_ended(job, "cancelled")
         self._ordered = False  # from here on, every end wakes us
         cancelled: asyncio.CancelledError | None = None
         if self._feeder is not None:
