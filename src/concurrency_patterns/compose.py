@@ -86,6 +86,7 @@ class Composition:
             _check_policy(number, policy)
             flat.extend(policy.policies if isinstance(policy, Composition) else [policy])
         self.policies: tuple[Policy, ...] = tuple(flat)
+        self._calls = [policy.call for policy in reversed(flat)]  # looked up once, not at each call
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn`` through all the policies.
@@ -125,8 +126,8 @@ class Composition:
 
     def _around(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         chain: Callable[P, Awaitable[T]] = fn
-        for policy in reversed(self.policies):
-            chain = functools.partial(policy.call, chain)
+        for call in self._calls:
+            chain = functools.partial(call, chain)
         return chain
 
 
