@@ -16,6 +16,9 @@ import concurrency_patterns
 PACKAGE = Path(concurrency_patterns.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 ROOF = {"compose", "observe", "testing"}
+# What an extra installs, for the one module that may import it: inside of a function, so that
+# the module itself works without it.
+OPTIONAL = {"observe": {"prometheus_client", "opentelemetry"}}
 PATTERNS = sorted(set(MODULES) - ROOF - {"errors"})
 TESTS = sorted(Path(__file__).parent.rglob("test_*.py"))
 
@@ -25,6 +28,17 @@ def imports_of_ours(module: str) -> set[str]:
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
     ours = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {str(node.module) for node in ours if node.level == 1}
+
+
+def packages_imported(tree: ast.AST) -> set[str]:
+    """Return the packages other than ours that are imported anywhere below."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module).split(".")[0])
+    return names
 
 
 @pytest.mark.parametrize("module", PATTERNS)
@@ -42,14 +56,26 @@ def test_errors_is_the_foundation():
 def test_a_module_imports_only_the_standard_library(module):
     """Nothing outside of the standard library is needed at run time."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(str(node.module).split(".")[0])
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    inside = {name for function in functions for name in packages_imported(function)}
 
-    assert names <= sys.stdlib_module_names
+    assert packages_imported(tree) - inside <= sys.stdlib_module_names
+    assert inside <= sys.stdlib_module_names | OPTIONAL.get(module, set())
+
+
+def test_the_package_imports_without_the_optional_libraries():
+    """Importing everything loads nothing that an extra installs."""
+    program = (
+        "import sys, concurrency_patterns\n"
+        f"print({set().union(*OPTIONAL.values())!r} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("module", PATTERNS)

@@ -18,7 +18,17 @@ from .errors import (
     RemoteError,
     WorkerCrashed,
 )
-from .fallback import Alternative, Fallback, Outcome, constant
+from .fallback import Alternative, Fallback, Hedge, Outcome, StaleCache, constant
+from .observe import (
+    BackgroundListener,
+    Event,
+    LoggingListener,
+    Measured,
+    Observation,
+    OpenTelemetryListener,
+    PrometheusListener,
+    observe,
+)
 from .process_pool import ProcessPool
 from .retry import (
     DecorrelatedJitter,
@@ -44,6 +54,7 @@ from .worker_pool import TaskHandle, WorkerPool, bounded_map
 
 __all__ = [
     "Alternative",
+    "BackgroundListener",
     "CancelOutcome",
     "Channel",
     "ChannelClosed",
@@ -57,22 +68,30 @@ __all__ = [
     "DeadlineExceeded",
     "DecorrelatedJitter",
     "EqualJitter",
+    "Event",
     "Exponential",
     "FailureRate",
     "Fallback",
     "Fixed",
     "FullJitter",
+    "Hedge",
     "LocalRejection",
+    "LoggingListener",
+    "Measured",
+    "Observation",
+    "OpenTelemetryListener",
     "OrderWarning",
     "Outcome",
     "PatternError",
     "PoolClosed",
     "ProcessPool",
+    "PrometheusListener",
     "QueueFull",
     "RateLimitExceeded",
     "RemoteError",
     "Retry",
     "RetryBudget",
+    "StaleCache",
     "TaskHandle",
     "Timeout",
     "TokenBucket",
@@ -86,6 +105,7 @@ __all__ = [
     "constant",
     "deadline",
     "move_on_after",
+    "observe",
     "produce_consume",
     "remaining",
     "retry_report",
