@@ -8,24 +8,44 @@ import importlib
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from concurrency_patterns.circuit_breaker import (
     TRANSITIONS,
+    AnyOf,
     Circuit,
     CircuitBreaker,
+    CircuitBreakers,
+    CircuitBreakersStatistics,
     CircuitEvent,
     CircuitOpen,
     CircuitState,
     Consecutive,
     FailureRate,
+    Permit,
+    SlowCallRate,
 )
 from concurrency_patterns.errors import LocalRejection, RateLimitExceeded
+from concurrency_patterns.retry import Exponential
 from concurrency_patterns.testing import explore_cancellation, run_virtual
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 
@@ -559,6 +579,10 @@ def test_failure_rate_waits_for_enough_calls_and_forgets_old_ones() -> None:
         ({"ignore": (ValueError, "KeyError")}, TypeError, "ignore must be an exception type"),
         ({"is_failure": 500}, TypeError, "is_failure must be callable, got 500"),
         ({"trip": 0.5}, TypeError, "trip must be a trip rule"),
+        ({"open_for": ()}, ValueError, "open_for must not be empty"),
+        ({"open_for": (5, 0)}, ValueError, "open_for must be above 0, got 0"),
+        ({"open_for": "30"}, TypeError, "open_for must be a number, got '3'"),
+        ({"max_retry_after": 0}, ValueError, "max_retry_after must be above 0"),
     ],
 )
 def test_bad_arguments_are_refused_when_made(
@@ -571,12 +595,27 @@ def test_bad_arguments_are_refused_when_made(
 
 @pytest.mark.parametrize(
     "options",
-    [{"rate": 0}, {"rate": 1.1}, {"window": 0}, {"least": 0}, {"window": 3, "least": 4}],
+    [
+        *({"rate": 0}, {"rate": 1.1}, {"window": 0}, {"least": 0}, {"window": 3, "least": 4}),
+        *({"seconds": 0}, {"seconds": 5, "window": 20}, {"least": 21}),
+    ],
 )
 def test_a_bad_failure_rate_is_refused(options: dict[str, float]) -> None:
     """A rate is above 0 and at most 1; the least number of calls fits the window."""
     with pytest.raises(ValueError, match="must be"):
         FailureRate(**{"rate": 0.5, **options})  # type: ignore[arg-type] -- bad on purpose
+    with pytest.raises(ValueError, match="must be"):
+        SlowCallRate(**{"rate": 0.5, "slower_than": 1, **options})  # type: ignore[arg-type]
+
+
+def test_a_bad_rule_is_refused() -> None:
+    """Slow is longer than some time, and a combination has rules in it."""
+    with pytest.raises(ValueError, match="slower_than must be above 0"):
+        SlowCallRate(0.5, slower_than=0)
+    with pytest.raises(ValueError, match="rules must not be empty"):
+        AnyOf()
+    with pytest.raises(TypeError, match="rules must be a trip rule"):
+        Consecutive(1) | 5  # type: ignore[operator] -- bad on purpose
 
 
 def test_made_at_import_and_used_on_three_loops() -> None:
@@ -728,6 +767,492 @@ def test_the_diagram_shows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         for transition in TRANSITIONS.items()
         if transition[0][1] not in {CircuitEvent.ISOLATED, CircuitEvent.RESET}
     }
+
+
+async def test_setting_the_wall_clock_changes_nothing() -> None:
+    """T8: an hour back or forward neither prolongs nor ends the open time."""
+    breaker = CircuitBreaker()
+    await trip(breaker)
+    await asyncio.sleep(29)
+    for hours in (-1, 1):
+        with mock.patch("time.time", return_value=time.time() + 3600 * hours):
+            assert breaker.state is OPEN
+    await asyncio.sleep(1)
+    with mock.patch("time.time", return_value=time.time() - 3600):
+        assert breaker.state is HALF_OPEN
+
+
+async def test_a_rate_over_seconds_looks_at_all_calls_of_them() -> None:
+    """However many calls come, those of the last seconds count, and older ones do not."""
+    breaker = CircuitBreaker(trip=FailureRate(0.5, seconds=10, least=4))
+    await trip(breaker, 3)
+    await asyncio.sleep(11)
+    for _ in range(40):
+        await breaker.call(Service(works=True))
+    await trip(breaker, 39)
+    assert breaker.state is CLOSED
+    await trip(breaker, 1)
+    assert breaker.state is OPEN
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=60),
+    st.integers(1, 5),
+)
+def test_a_rate_over_seconds_agrees_with_a_list_of_calls(
+    calls: list[tuple[bool, int]], least: int
+) -> None:
+    """It opens as a rate over all calls does whose tenth of the window is not over."""
+    tally = FailureRate(0.6, seconds=10, least=least).tally()
+    now, seen = 50, []
+    for failed, wait in calls:
+        now += wait
+        seen.append((now, failed))
+        looked_at = [bad for at, bad in seen if now - at <= 10]
+        trips = len(looked_at) >= least and sum(looked_at) >= 0.6 * len(looked_at)
+        assert tally.record(failed, float(now), 0.0) is trips
+
+
+async def test_slow_calls_open_it_though_they_succeed() -> None:
+    """Half of the last calls took longer than a second."""
+    breaker = CircuitBreaker(trip=SlowCallRate(0.5, slower_than=1, window=4))
+    for takes in (0.5, 1.0, 1.5, 2.0):
+        assert breaker.state is CLOSED
+        await breaker.call(Service(works=True, takes=takes))
+    assert breaker.state is OPEN
+
+
+async def test_slow_calls_may_overlap() -> None:
+    """Each call is timed for itself, as a call, a block and a decorated function."""
+    breaker = CircuitBreaker(trip=SlowCallRate(1, slower_than=1, seconds=60, least=3))
+
+    async def block() -> None:
+        async with breaker:
+            await asyncio.sleep(2)
+
+    slow = Service(works=True, takes=2)
+    tasks = [asyncio.create_task(work) for work in (block(), breaker.call(slow), breaker(slow)())]
+    await asyncio.sleep(1.5)
+    assert breaker.state is CLOSED
+    await asyncio.wait(tasks)
+    assert breaker.state is OPEN
+    assert breaker.statistics().succeeded == 3
+
+
+async def test_rules_combined_open_it_when_one_of_them_does() -> None:
+    """``|`` makes a rule of several, and every one of them sees every call."""
+    rule = FailureRate(0.5, window=10) | Consecutive(3) | SlowCallRate(1, slower_than=5, window=2)
+    row, rate, slow = (CircuitBreaker(trip=rule) for _ in range(3))
+    await trip(row, 3)
+    for number in range(10):
+        assert rate.state is CLOSED
+        await asyncio.gather(rate.call(Service(works=number % 2 == 0)), return_exceptions=True)
+    for _ in range(2):
+        await slow.call(Service(works=True, takes=6))
+    assert (row.state, rate.state, slow.state) == (OPEN, OPEN, OPEN)
+    assert repr(AnyOf(Consecutive(1), Consecutive(2))) == repr(Consecutive(1) | Consecutive(2))
+
+
+async def test_a_rule_of_ones_own_plugs_in() -> None:
+    """A rule needs a ``tally`` and nothing else."""
+
+    class Total:
+        timed = False
+        steady = True
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def tally(self) -> Total:
+            return Total()
+
+        def settle(self, successes: int) -> None:
+            self.calls += successes
+
+        def record(self, failed: bool, now: float, seconds: float) -> bool:
+            self.calls += 1
+            return self.calls >= 10
+
+    breaker = CircuitBreaker(trip=Consecutive(99) | Total())
+    for _ in range(9):
+        await breaker.call(Service(works=True))
+    await trip(breaker, 1)
+    assert breaker.state is OPEN
+    assert breaker.statistics().succeeded == 9
+
+
+async def open_times(breaker: CircuitBreaker, times: int) -> list[float]:
+    """Let each probe fail, and return how long the circuit was open each time."""
+    seen = []
+    for _ in range(times):
+        wait = breaker.statistics().retry_after
+        assert wait is not None
+        seen.append(round(wait, 3))
+        await asyncio.sleep(wait)
+        await trip(breaker, 1)
+    return seen
+
+
+@pytest.mark.parametrize("several", [(5, 10, 30), iter([5, 10, 30]), [5, 10, *[30] * 500]])
+async def test_the_open_time_grows_while_the_probes_fail(several: Iterable[float]) -> None:
+    """The open times come one after the other, the last one stays, and closing starts over."""
+    breaker = CircuitBreaker(open_for=several, probes=1)
+    await trip(breaker)
+    assert await open_times(breaker, 4) == [5, 10, 30, 30]
+    await asyncio.sleep(30)
+    await breaker.call(Service(works=True))
+    await trip(breaker)
+    assert breaker.statistics().retry_after == pytest.approx(5)
+
+
+async def test_the_open_time_may_be_an_endless_backoff() -> None:
+    """The backoffs of ``retry`` fit as they are."""
+    breaker = CircuitBreaker(open_for=Exponential(base=1, cap=4))
+    await trip(breaker)
+    assert await open_times(breaker, 5) == [1, 2, 4, 4, 4]
+
+
+class Busy(Exception):  # noqa: N818 -- says what happened
+    """A server that says when to come back."""
+
+    def __init__(self, retry_after: object) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        (7, 7),
+        (90.5, 90.5),
+        (9000, 120),
+        (float("inf"), 120),
+        *[(bad, 30) for bad in (0, -1, None, "7", float("nan"))],
+    ],
+)
+async def test_the_server_sets_the_open_time(asked: object, seconds: float) -> None:
+    """``retry_after`` of the failure that opens it counts up to a cap, if it is a time at all."""
+    breaker = CircuitBreaker(failures=1, max_retry_after=120)
+    with pytest.raises(Busy):
+        async with breaker:
+            raise Busy(asked)
+    assert breaker.statistics().retry_after == pytest.approx(seconds)
+
+
+async def test_the_shadow_mode_refuses_nobody() -> None:
+    """It goes through the same states and counts what it would have refused."""
+    real, shadow, service = CircuitBreaker(), CircuitBreaker(shadow=True), Service()
+    states: list[tuple[CircuitState, CircuitState]] = []
+    for number in range(60):
+        service.works = number >= 30
+        await asyncio.gather(real.call(service), return_exceptions=True)
+        reached = service.called
+        await asyncio.gather(shadow.call(service), return_exceptions=True)
+        assert service.called == reached + 1
+        states.append((real.state, shadow.state))
+        await asyncio.sleep(1)
+    assert all(one is other for one, other in states)
+    assert {one for one, _ in states} == set(CircuitState)
+    assert real.statistics().rejected == shadow.statistics().rejected > 20
+    shadow.shadow = False
+    await trip(shadow)
+    with pytest.raises(CircuitOpen):
+        await shadow.call(service)
+
+
+async def test_isolated_by_hand_the_shadow_mode_refuses() -> None:
+    """What a person orders is no measurement."""
+    breaker = CircuitBreaker(shadow=True)
+    breaker.isolate()
+    with pytest.raises(CircuitOpen):
+        await breaker.call(Service(works=True))
+
+
+async def test_a_listener_hears_of_each_change_and_refusal() -> None:
+    """The events come in order, with what led to them, when the state is the new one."""
+    breaker, heard = CircuitBreaker(failures=2, probes=1), []
+
+    def listen(kind: str, data: dict[str, object]) -> None:
+        heard.append((kind, data, breaker.statistics().state))
+        raise RuntimeError("a listener breaks no call")
+
+    breaker.on_event = listen
+    await trip(breaker, 2)
+    with pytest.raises(CircuitOpen):
+        await breaker.call(Service())
+    await asyncio.sleep(30)
+    await trip(breaker, 1)
+    await asyncio.sleep(30)
+    await breaker.call(Service(works=True))
+    breaker.reset()
+    breaker.isolate()
+    breaker.reset()
+    opened, half_opened, closed = (
+        f"circuit_breaker.{what}" for what in ("opened", "half_opened", "closed")
+    )
+    assert [(kind, data.get("reason"), state) for kind, data, state in heard] == [
+        (opened, "tripped", OPEN),
+        ("circuit_breaker.rejected", None, OPEN),
+        (half_opened, None, HALF_OPEN),
+        (opened, "probe failed", OPEN),
+        (half_opened, None, HALF_OPEN),
+        (closed, "recovered", CLOSED),
+        (opened, "isolated", OPEN),
+        (closed, "reset", CLOSED),
+    ]
+    assert heard[0][1] == {"reason": "tripped", "failures": 2, "seconds": 30}
+    assert heard[1][1] == {"retry_after": 30}
+    assert heard[6][1]["seconds"] is None
+
+
+async def test_each_key_has_a_breaker_of_its_own() -> None:
+    """One host that is down does not close the way to the others."""
+    breakers = CircuitBreakers(lambda host: CircuitBreaker(failures=len(host)))
+    await trip(breakers["a"], 1)
+    assert breakers["a"].state is OPEN
+    assert breakers["bb"].state is CLOSED
+    assert breakers["a"] is breakers["a"]
+    assert [key for key, _ in breakers.items()] == ["bb", "a"]
+    assert "a" in breakers
+    assert "c" not in breakers
+    assert breakers.statistics() == CircuitBreakersStatistics(2, 1, 0, 0)
+
+
+async def test_of_too_many_keys_the_closed_one_used_longest_ago_goes() -> None:
+    """Open ones are passed over, so that a crowd of keys does not let callers through."""
+    breakers = CircuitBreakers(lambda _: CircuitBreaker(failures=1), most=3)
+    await trip(breakers["open"], 1)
+    for key in "abacd":
+        assert breakers[key] is not None
+        assert len(breakers) <= 3
+    assert [key for key, _ in breakers.items()] == ["open", "c", "d"]
+    assert breakers.statistics().evicted == 2
+
+
+async def test_when_all_are_open_the_oldest_goes_and_that_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The bound holds even then, but not silently."""
+    breakers, heard = CircuitBreakers(lambda _: CircuitBreaker(failures=1), most=2), []
+    breakers.on_event = lambda kind, data: heard.append((kind, data))
+    for key in "abc":
+        await trip(breakers[key], 1)
+    assert [key for key, _ in breakers.items()] == ["b", "c"]
+    assert breakers.statistics() == CircuitBreakersStatistics(2, 2, 1, 1)
+    assert heard == [("circuit_breaker.evicted", {"key": "a", "state": "open"})]
+    assert "the open circuit breaker of 'a' was dropped" in caplog.text
+
+
+async def test_unused_keys_go_but_not_while_they_are_open() -> None:
+    """After its idle time a closed or half-open breaker goes as soon as another is made."""
+    breakers = CircuitBreakers(lambda _: CircuitBreaker(failures=1, open_for=100), idle=60)
+    await trip(breakers["open"], 1)
+    assert breakers["closed"].state is CLOSED
+    await asyncio.sleep(59)
+    assert breakers["new"].state is CLOSED
+    assert len(breakers) == 3
+    await asyncio.sleep(1)
+    assert breakers["newer"].state is CLOSED
+    assert [key for key, _ in breakers.items()] == ["open", "new", "newer"]
+    await asyncio.sleep(40)
+    assert breakers["newest"].state is CLOSED
+    assert "open" not in breakers
+
+
+def test_threads_share_the_breaker_of_a_key() -> None:
+    """Whoever comes first makes it; nobody gets another one."""
+    inside = threading.Barrier(8, timeout=30)
+
+    def make(key: str) -> CircuitBreaker:
+        inside.wait()
+        return CircuitBreaker()
+
+    breakers, got = CircuitBreakers(make), []
+    threads = [threading.Thread(target=lambda: got.append(breakers["key"])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, got))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"most": 0}, ValueError), ({"idle": 0}, ValueError), ({"make": 5}, TypeError)],
+)
+def test_a_bad_registry_is_refused(options: dict[str, Any], error: type[Exception]) -> None:
+    """The bounds are above zero, and the breakers are made by a function."""
+    with pytest.raises(error, match=next(iter(options))):
+        CircuitBreakers(**{"make": lambda _: CircuitBreaker(), **options})
+
+
+def test_many_threads_lose_no_call() -> None:
+    """T19: successes are counted without the lock, failures with it, and none is lost."""
+    breaker = CircuitBreaker(trip=FailureRate(1, window=10_000))
+    works, fails = breaker(lambda: None), breaker(lambda: 1 / 0)
+
+    def call() -> None:
+        for number in range(1000):
+            if number % 10:
+                works()
+            else:
+                with suppress(ZeroDivisionError):
+                    fails()
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (breaker.statistics().succeeded, breaker.statistics().failed) == (7200, 800)
+
+
+class Model:
+    """A breaker as simple as can be: it keeps every call of the era and counts anew each time."""
+
+    OPEN_TIMES = (10, 20)
+
+    def __init__(self, rule: str) -> None:
+        self.rule, self.now = rule, 0
+        self.begin("closed")
+
+    def begin(self, state: str) -> None:
+        """Begin an era."""
+        self.state, self.since, self.era = state, self.now, object()
+        self.results: list[bool] = []
+        self.probes: dict[object, int] = {}
+        if state == "closed":
+            self.times_open = 0
+
+    def open(self, asked: int | None) -> None:
+        """Open, for as long as the server asked or it is the turn of."""
+        self.begin("open")
+        self.until = self.now + (asked or self.OPEN_TIMES[min(self.times_open, 1)])
+        self.times_open += 1
+
+    def look(self) -> str:
+        """Return the state."""
+        return "half-open" if self.state == "open" and self.now >= self.until else self.state
+
+    def enter(self) -> object:
+        """Return a permit, or None."""
+        if self.look() != self.state:
+            self.begin("half-open")
+        if self.state == "half-open":
+            if len(self.probes) + len(self.results) >= 2:
+                self.probes = {p: at for p, at in self.probes.items() if self.now < at + 10}
+            if len(self.probes) + len(self.results) >= 2:
+                return None
+            permit = object()
+            self.probes[permit] = self.now
+            return permit
+        return self.era if self.state == "closed" else None
+
+    def leave(self, permit: object, failed: bool | None, asked: int | None = None) -> None:
+        """Take note of a result; None says nothing."""
+        if failed is None:
+            self.probes.pop(permit, None)
+        elif permit in self.probes:
+            del self.probes[permit]
+            self.results.append(failed)
+            if failed:
+                self.open(asked)
+            elif len(self.results) == 2:
+                self.begin("closed")
+        elif permit is self.era:
+            self.results.append(failed)
+            if self.trips():
+                self.open(asked)
+
+    def trips(self) -> bool:
+        """Look at all results of the era."""
+        row, last = self.results[-2:], self.results[-5:]
+        in_a_row = len(row) == 2 and all(row)
+        rate = len(last) >= 3 and sum(last) >= 0.5 * len(last)
+        return {"row": in_a_row, "rate": rate, "any": in_a_row or rate}[self.rule]
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """The circuit and the model are told the same, and must agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Permit, object]] = []
+
+    @initialize(name=st.sampled_from(["row", "rate", "any"]))
+    def choose(self, name: str) -> None:
+        """Choose the rule."""
+        rate = FailureRate(0.5, window=5, least=3)
+        rules = {"row": Consecutive(2), "rate": rate, "any": Consecutive(2) | rate}
+        self.model = Model(name)
+        self.circuit = Circuit(rules[name], Model.OPEN_TIMES, probes=2, probe_timeout=10)
+
+    @rule()
+    def enter(self) -> None:
+        """Ask for a permit."""
+        ours = self.circuit.admit(self.model.now)
+        other = self.model.enter()
+        assert (ours is None) == (other is None)
+        if ours is not None:
+            self.calls.append((ours, other))
+
+    def take(self, which: int) -> tuple[Permit, object]:
+        """Return one of the calls under way."""
+        return self.calls.pop(which % len(self.calls))
+
+    @precondition(lambda self: self.calls)
+    @rule(which=st.integers(0, 9))
+    def succeed(self, which: int) -> None:
+        """End a call well, on the short way if the permit allows it."""
+        ours, other = self.take(which)
+        if ours.steady:
+            ours.successes += 1
+        else:
+            self.circuit.succeed(ours, self.model.now)
+        self.model.leave(other, failed=False)
+
+    @precondition(lambda self: self.calls)
+    @rule(which=st.integers(0, 9), asked=st.sampled_from([None, None, 5, 40]))
+    def fail(self, which: int, asked: int | None) -> None:
+        """End a call badly."""
+        ours, other = self.take(which)
+        self.circuit.fail(ours, self.model.now, Busy(asked))
+        self.model.leave(other, True, asked)
+
+    @precondition(lambda self: self.calls)
+    @rule(which=st.integers(0, 9))
+    def ignore(self, which: int) -> None:
+        """End a call in a way that says nothing."""
+        ours, other = self.take(which)
+        self.circuit.give_back(ours)
+        self.model.leave(other, failed=None)
+
+    @rule(seconds=st.sampled_from([1, 5, 10, 20]))
+    def wait(self, seconds: int) -> None:
+        """Let time pass."""
+        self.model.now += seconds
+
+    @rule()
+    def reset(self) -> None:
+        """Close it by hand."""
+        self.circuit.reset(self.model.now)
+        self.model.begin("closed")
+
+    @invariant()
+    def agree(self) -> None:
+        """Compare all that can be seen."""
+        if not hasattr(self, "model"):
+            return
+        now, circuit, model = self.model.now, self.circuit, self.model
+        assert circuit.state_at(now).value == model.look()
+        assert circuit.probes_out == len(model.probes)
+        if model.look() == "open":
+            assert circuit.retry_after(now) == model.until - now
+
+
+def test_the_circuit_agrees_with_a_simple_model() -> None:
+    """Whatever happens in whatever order, it is where the model is (T18 to T20)."""
+    run_state_machine_as_test(BreakerMachine, settings=settings(deadline=None))
 
 
 STEP = st.sampled_from(["enter", "succeed", "fail", "ignore", "wait 1", "wait 10", "reset"])

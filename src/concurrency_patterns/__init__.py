@@ -1,8 +1,15 @@
 """Concurrency patterns for Python that hold under cancellation, failure and load."""
 
 from .channel import Channel, produce_consume
-from .circuit_breaker import CircuitBreaker, CircuitState, FailureRate
-from .compose import Composition, OrderWarning, compose
+from .circuit_breaker import (
+    CircuitBreaker,
+    CircuitBreakers,
+    CircuitState,
+    Consecutive,
+    FailureRate,
+    SlowCallRate,
+)
+from .compose import Composition, OrderWarning, compose, standard
 from .concurrency_limiter import ConcurrencyLimiter
 from .errors import (
     ChannelClosed,
@@ -60,11 +67,13 @@ __all__ = [
     "ChannelClosed",
     "ChannelEmpty",
     "CircuitBreaker",
+    "CircuitBreakers",
     "CircuitOpen",
     "CircuitState",
     "Composition",
     "ConcurrencyLimitExceeded",
     "ConcurrencyLimiter",
+    "Consecutive",
     "DeadlineExceeded",
     "DecorrelatedJitter",
     "EqualJitter",
@@ -91,6 +100,7 @@ __all__ = [
     "RemoteError",
     "Retry",
     "RetryBudget",
+    "SlowCallRate",
     "StaleCache",
     "TaskHandle",
     "Timeout",
@@ -109,4 +119,5 @@ __all__ = [
     "produce_consume",
     "remaining",
     "retry_report",
+    "standard",
 ]

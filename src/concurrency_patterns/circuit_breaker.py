@@ -1,7 +1,8 @@
 """Stop calling a service that keeps failing, and find out by a few probes when it works again.
 
-:class:`CircuitBreaker` is the policy, :class:`Circuit` the state machine inside it: it knows
-nothing of tasks and threads and is handed the time.
+:class:`CircuitBreaker` is the policy and :class:`CircuitBreakers` has one for each key. What opens
+it is a trip rule, such as :class:`FailureRate`. :class:`Circuit` is the state machine inside: it
+knows nothing of tasks and threads and is handed the time.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from .errors import CircuitOpen, LocalRejection, check_count, check_positive
+from .errors import CircuitOpen, LocalRejection, check_count, check_positive, notify
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -26,15 +30,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRANSITIONS",
+    "AnyOf",
     "Circuit",
     "CircuitBreaker",
     "CircuitBreakerStatistics",
+    "CircuitBreakers",
+    "CircuitBreakersStatistics",
     "CircuitEvent",
     "CircuitOpen",
     "CircuitState",
     "Consecutive",
     "FailureRate",
     "Permit",
+    "SlowCallRate",
     "Tally",
     "TripRule",
 ]
@@ -42,9 +50,16 @@ __all__ = [
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")
+K = TypeVar("K", bound=Hashable)
 
 # Timers may fire this much too early, so that much too early counts as in time.
 EARLY = max(1e-6, time.get_clock_info("monotonic").resolution)
+# How many open times are taken from an iterable, which may be endless; the last one stays.
+LONGEST = 100
+# How many calls a rate looks at, unless told otherwise.
+WINDOW = 20
+
+_log = logging.getLogger("concurrency_patterns")
 
 
 class CircuitState(Enum):
@@ -96,8 +111,10 @@ class CircuitBreakerStatistics:
         succeeded: How many calls succeeded.
         failed: How many calls failed in a way that counts.
         ignored: How many calls were cancelled, refused locally, or ended with an ignored exception.
-        rejected: How many calls were refused because the circuit was open.
-        late: How many successes and failures came too late to change anything.
+        rejected: How many calls were refused because the circuit was open; in shadow mode, how many
+            would have been.
+        late: How many successes and failures changed nothing, because they came too late or the
+            shadow mode had let them through.
         opened: How often the circuit opened.
         probes_out: How many probes are under way.
         retry_after: Seconds until the next probe is let through; ``None`` if none is waited for.
@@ -135,15 +152,29 @@ class CircuitBreaker:
 
     Args:
         failures: How many failures in a row open the circuit.
-        open_for: Seconds for which it stays open.
+        open_for: Seconds for which it stays open. Several make it stay open longer each time that
+            the probes fail, such as ``(5, 10, 30)`` or an
+            :class:`~concurrency_patterns.retry.Exponential`; the last one stays, and after the
+            circuit has closed they begin anew.
         probes: How many probes are let through at once, and must succeed, for it to close.
         probe_timeout: Seconds after which a probe that has not ended loses its place to another;
-            ``None`` means ``open_for``.
+            ``None`` means ``open_for``, or the first of several.
         on: The exceptions that count as failures.
         ignore: Those among them that count as nothing.
         is_failure: Tells whether a returned result counts as a failure; it is returned
             all the same.
         trip: A rule that takes the place of ``failures``, such as :class:`FailureRate`.
+        max_retry_after: The longest open time in seconds that a failure can ask for. If the
+            exception that opens the circuit has an attribute ``retry_after`` (seconds, as in the
+            header of RFC 9110, section 10.2.3), that takes the place of ``open_for``.
+        shadow: Whether to refuse nobody and only measure what would have been refused.
+
+    Attributes:
+        on_event: Called with the kind and the data of what happened:
+            ``circuit_breaker.opened`` (``reason``, ``failures``, ``seconds``),
+            ``circuit_breaker.half_opened``, ``circuit_breaker.closed`` (``reason``) and
+            ``circuit_breaker.rejected`` (``retry_after``).
+        shadow: As above; may be changed at any time.
 
     Raises:
         ValueError: If a number is zero, negative or not finite.
@@ -157,37 +188,44 @@ class CircuitBreaker:
         self,
         *,
         failures: int = 5,
-        open_for: float = 30.0,
+        open_for: float | Iterable[float] = 30.0,
         probes: int = 3,
         probe_timeout: float | None = None,
         on: type[BaseException] | tuple[type[BaseException], ...] = Exception,
         ignore: type[BaseException] | tuple[type[BaseException], ...] = (),
         is_failure: Callable[[Any], bool] | None = None,
         trip: TripRule | None = None,
+        max_retry_after: float = 300.0,
+        shadow: bool = False,
     ) -> None:
         check_count("failures", failures)
-        check_positive("open_for", open_for)
+        open_times = _open_times(open_for)
         check_count("probes", probes)
         if probe_timeout is None:
-            probe_timeout = open_for
+            probe_timeout = open_times[0]
         check_positive("probe_timeout", probe_timeout)
+        check_positive("max_retry_after", max_retry_after)
         if is_failure is not None and not callable(is_failure):
             raise TypeError(f"is_failure must be callable, got {is_failure!r}")
-        if trip is not None and not callable(getattr(trip, "tally", None)):
-            raise TypeError(f"trip must be a trip rule such as FailureRate, got {trip!r}")
+        self.shadow = shadow
+        self.open_for = open_times[0]  # compose() compares it with the time of a retry
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._on = _exceptions("on", on)
         self._ignore = _exceptions("ignore", ignore)
         self._is_failure = is_failure
-        self._circuit = Circuit(trip or Consecutive(failures), open_for, probes, probe_timeout)
+        rule = Consecutive(failures) if trip is None else _rule("trip", trip)
+        self._circuit = Circuit(rule, open_times, probes, probe_timeout, max_retry_after)
         # Held for a few instructions, never while the call runs and never over an ``await``.
         self._lock = threading.Lock()
         self._succeeded = self._failed = self._ignored = self._rejected = self._late = 0
 
     def __repr__(self) -> str:
         circuit = self._circuit
-        rule = circuit.trip
+        rule, times = circuit.trip, circuit.open_times
         trip = f"failures={rule.failures}" if isinstance(rule, Consecutive) else f"trip={rule}"
-        return f"CircuitBreaker({trip}, open_for={circuit.open_for}, probes={circuit.probes})"
+        open_for = times[0] if len(times) == 1 else times[:5]
+        shadow = ", shadow=True" if self.shadow else ""
+        return f"CircuitBreaker({trip}, open_for={open_for}, probes={circuit.probes}{shadow})"
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn``, if the circuit lets it through.
@@ -205,8 +243,9 @@ class CircuitBreaker:
         except BaseException as error:
             self._raised(permit, error)
             raise
+        # A steady success needs no lock: nobody but the count has to know of it.
         if permit.steady and self._is_failure is None:
-            self._succeeded += 1
+            permit.successes += 1
         else:
             self._returned(permit, result)
         return result
@@ -232,7 +271,7 @@ class CircuitBreaker:
                 self._raised(permit, error)
                 raise
             if permit.steady and self._is_failure is None:
-                self._succeeded += 1
+                permit.successes += 1
             else:
                 self._returned(permit, result)
             return result
@@ -245,12 +284,13 @@ class CircuitBreaker:
             permit = self._circuit.everyone or self._enter()
             try:
                 result = fn(*args, **kwargs)
-                _refuse_awaitable(fn, result)
+                if result is not None:
+                    _refuse_awaitable(fn, result)
             except BaseException as error:
                 self._raised(permit, error)
                 raise
             if permit.steady and self._is_failure is None:
-                self._succeeded += 1
+                permit.successes += 1
             else:
                 self._returned(permit, result)
             return result
@@ -290,14 +330,16 @@ class CircuitBreaker:
         return self._circuit.state_at(_now())
 
     def isolate(self) -> None:
-        """Refuse all calls from now on, until :meth:`reset`."""
+        """Refuse all calls from now on, until :meth:`reset`; in shadow mode, too."""
         with self._lock:
             self._circuit.isolate(_now())
+        self._report()
 
     def reset(self) -> None:
         """Close the circuit and forget what has been counted. Calls under way do not count."""
         with self._lock:
             self._circuit.reset(_now())
+        self._report()
 
     def statistics(self) -> CircuitBreakerStatistics:
         """Return what the breaker has seen so far."""
@@ -306,7 +348,7 @@ class CircuitBreaker:
             return CircuitBreakerStatistics(
                 state=circuit.state_at(now),
                 isolated=circuit.isolated,
-                succeeded=self._succeeded,
+                succeeded=self._succeeded + circuit.steady_successes,
                 failed=self._failed,
                 ignored=self._ignored,
                 rejected=self._rejected,
@@ -318,21 +360,31 @@ class CircuitBreaker:
             )
 
     def _enter(self) -> Permit:
+        circuit, now = self._circuit, _now()
+        # While it is certainly open there is nothing to change, so a refusal needs no lock.
+        if circuit.since <= now < circuit.until - EARLY:
+            return self._refuse(circuit.until - now)
         with self._lock:
-            now = _now()
-            permit = self._circuit.admit(now)
-            if permit is not None:
-                return permit
-            self._rejected += 1
-            state, cause = self._circuit.state, self._circuit.last_failure
-            wait = self._circuit.retry_after(now)
-        if state is CircuitState.HALF_OPEN:
-            message = "the circuit is half-open and all its probes are out"
-        elif wait is None:
+            permit = circuit.admit(now)
+            wait = circuit.retry_after(now)
+        self._report()
+        return permit or self._refuse(wait)
+
+    def _refuse(self, retry_after: float | None) -> Permit:
+        circuit = self._circuit
+        self._rejected += 1
+        if retry_after == math.inf:
+            retry_after = None
+        if self.on_event is not None:
+            notify(self.on_event, "circuit_breaker.rejected", retry_after=retry_after)
+        if self.shadow and not circuit.isolated:
+            return Permit()  # of no era: what it reports changes nothing
+        message = ""  # CircuitOpen has one for the usual case
+        if retry_after is None:
             message = "the circuit is open until it is reset"
-        else:
-            message = f"the circuit is open for another {wait:.1f} s"
-        raise CircuitOpen(message, retry_after=wait) from cause
+        elif circuit.state is CircuitState.HALF_OPEN:
+            message = "the circuit is half-open and all its probes are out"
+        raise CircuitOpen(message, retry_after=retry_after) from circuit.last_failure
 
     def _leave(self) -> Permit:
         # The newest of our entries: blocks of one task end in the reverse order of their beginning.
@@ -371,40 +423,60 @@ class CircuitBreaker:
         return isinstance(error, self._on) and not isinstance(error, self._ignore)
 
     def _succeed(self, permit: Permit) -> None:
+        if permit.steady:
+            permit.successes += 1
+            return
         with self._lock:
             self._succeeded += 1
             if not self._circuit.succeed(permit, _now()):
                 self._late += 1
+        self._report()
 
     def _fail(self, permit: Permit, error: BaseException | None) -> None:
         with self._lock:
             self._failed += 1
             if not self._circuit.fail(permit, _now(), error):
                 self._late += 1
+        self._report()
 
     def _ignore_call(self, permit: Permit) -> None:
         with self._lock:
             self._ignored += 1
             self._circuit.give_back(permit)
 
+    def _report(self) -> None:
+        """Tell the listener what the circuit did; the lock is free again."""
+        happened = self._circuit.happened
+        while happened:
+            try:
+                kind, data = happened.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if self.on_event is not None:
+                notify(self.on_event, kind, **data)
+
 
 class Permit:
     """The right to make a call, given in one era of a :class:`Circuit` and worth nothing later.
 
-    It is known by its identity: an era that ends drops its permits.
-
     Args:
+        era: The era in which it was given; 0 is none.
+        began: When the call began.
         expires: When a probe loses its place.
 
     Attributes:
-        steady: Whether a success would change nothing, so that it need not be reported.
+        steady: Whether successes may be counted here, to be looked at with the next failure.
+        successes: How many were.
     """
 
-    __slots__ = ("expires", "steady")
+    __slots__ = ("began", "era", "expires", "steady", "successes")
 
-    def __init__(self, expires: float = math.inf) -> None:
+    def __init__(self, era: int = 0, began: float = 0.0, expires: float = math.inf) -> None:
+        self.era = era
+        self.began = began
         self.expires = expires
         self.steady = False
+        self.successes = 0
 
 
 class Circuit:
@@ -415,50 +487,99 @@ class Circuit:
 
     Args:
         trip: Tells when the circuit opens.
-        open_for: Seconds for which it stays open.
+        open_for: Seconds for which it stays open; several are for the first time and for each time
+            that the probes have failed, and the last one stays.
         probes: How many probes are out at once, and must succeed.
         probe_timeout: Seconds after which a probe loses its place.
+        max_retry_after: The longest open time in seconds that a failure can ask for.
     """
 
-    def __init__(self, trip: TripRule, open_for: float, probes: int, probe_timeout: float) -> None:
+    def __init__(
+        self,
+        trip: TripRule,
+        open_for: float | Iterable[float],
+        probes: int,
+        probe_timeout: float,
+        max_retry_after: float = 300.0,
+    ) -> None:
         self.trip = trip
-        self.open_for = open_for
+        self.open_times = _open_times(open_for)
         self.probes = probes
         self.probe_timeout = probe_timeout
+        self.max_retry_after = max_retry_after
         self.opened = 0
-        #: The permit that all calls of a closed era share; ``None`` in the other states.
+        self.era = 0
+        self.failed = 0
+        self.state = CircuitState.CLOSED
+        #: The permit that all calls of a closed era share. ``None`` in the other states, and if
+        #: the rule wants to know how long each call took.
         self.everyone: Permit | None = None
+        #: The kinds and data of the events that nobody has been told of.
+        self.happened: deque[tuple[str, dict[str, Any]]] = deque()
+        self._past_successes = 0
+        self._out: set[Permit] = set()
         self._begin(CircuitState.CLOSED, 0.0)
 
-    def _on_event(self, event: CircuitEvent, now: float) -> None:
+    def _move(self, event: CircuitEvent, now: float) -> None:
         before, state = self.state, TRANSITIONS[self.state, event]
-        self.opened += state is CircuitState.OPEN and before is not CircuitState.OPEN
+        failures = self.failed
         self._begin(state, now)
+        if event is CircuitEvent.ISOLATED:
+            self.until = math.inf
+        if state is before:
+            return
+        if state is CircuitState.OPEN:
+            self.opened += 1
+            seconds = None if self.isolated else self.until - now
+            data = {"reason": event.value, "failures": failures, "seconds": seconds}
+            self.happened.append(("circuit_breaker.opened", data))
+        elif state is CircuitState.HALF_OPEN:
+            self.happened.append(("circuit_breaker.half_opened", {}))
+        else:
+            self.happened.append(("circuit_breaker.closed", {"reason": event.value}))
 
     def _begin(self, state: CircuitState, now: float) -> None:
-        self.state = state
-        self.since = now
-        self.until = now + self.open_for if state is CircuitState.OPEN else math.inf
-        self.tally = self.trip.tally()
-        self.succeeded = 0
-        self._out: set[Permit] = set()
         if self.everyone is not None:
             self.everyone.steady = False
-        self.everyone = None
+            self._past_successes += self.everyone.successes
+            self.everyone = None
+        self.state = state
+        self.era += 1
+        self.since = self.until = now
+        self.tally = self.trip.tally()
+        self.succeeded = self.failed = self._settled = 0
+        self._out = set()
         if state is CircuitState.CLOSED:
-            self.everyone = Permit()
-            self.everyone.steady = self.tally.steady
             self.last_failure: BaseException | None = None
+            self._times_open = 0
+            if not self.tally.timed:
+                self.everyone = Permit(self.era)
+                self.everyone.steady = self.tally.steady
+        elif state is CircuitState.OPEN:
+            self.until = now + self._open_time()
+
+    def _open_time(self) -> float:
+        times, number = self.open_times, self._times_open
+        self._times_open += 1
+        asked = getattr(self.last_failure, "retry_after", None)
+        if isinstance(asked, int | float) and asked > 0:  # NaN is not
+            return min(asked, self.max_retry_after)
+        return times[min(number, len(times) - 1)]
 
     @property
     def isolated(self) -> bool:
         """Whether the circuit is held open by hand."""
-        return self.state is CircuitState.OPEN and self.until == math.inf
+        return self.until == math.inf
 
     @property
     def probes_out(self) -> int:
         """How many probes are under way."""
         return len(self._out)
+
+    @property
+    def steady_successes(self) -> int:
+        """How many successes were counted on permits and not reported."""
+        return self._past_successes + (self.everyone.successes if self.everyone else 0)
 
     def state_at(self, now: float) -> CircuitState:
         """Return the state at the time ``now``."""
@@ -479,10 +600,12 @@ class Circuit:
         if now < self.since:
             self._set_clock_back(self.since - now)
         if self.state_at(now) is not self.state:
-            self._on_event(CircuitEvent.WAITED, now)
+            self._move(CircuitEvent.WAITED, now)
+        if self.state is CircuitState.CLOSED:
+            return self.everyone or Permit(self.era, now)
         if self.state is CircuitState.HALF_OPEN:
             return self._admit_probe(now)
-        return self.everyone
+        return None
 
     def _set_clock_back(self, seconds: float) -> None:
         # Time never runs backwards: this is another loop's clock. What was begun begins anew.
@@ -496,7 +619,7 @@ class Circuit:
             self._out = {permit for permit in self._out if now < permit.expires - EARLY}
         if self._is_full():
             return None
-        permit = Permit(now + self.probe_timeout)
+        permit = Permit(self.era, now, now + self.probe_timeout)
         self._out.add(permit)
         return permit
 
@@ -508,34 +631,43 @@ class Circuit:
 
     def succeed(self, permit: Permit, now: float) -> bool:
         """Take note of a success, and tell whether it came in time to matter."""
-        if permit is self.everyone:
+        if not self._matters(permit):
+            return False
+        if self.state is CircuitState.CLOSED:
             self._record(permit, False, now)
             return True
-        if permit not in self._out:
-            return False
         self._out.remove(permit)
         self.succeeded += 1
         if self.succeeded == self.probes:
-            self._on_event(CircuitEvent.RECOVERED, now)
+            self._move(CircuitEvent.RECOVERED, now)
         return True
 
     def fail(self, permit: Permit, now: float, error: BaseException | None) -> bool:
         """Take note of a failure, and tell whether it came in time to matter."""
-        if permit is self.everyone:
-            self.last_failure = error
-            self._record(permit, True, now)
-            return True
-        if permit not in self._out:
+        if not self._matters(permit):
             return False
         self.last_failure = error
-        self._on_event(CircuitEvent.PROBE_FAILED, now)
+        self.failed += 1
+        if self.state is CircuitState.CLOSED:
+            self._record(permit, True, now)
+        else:
+            self._move(CircuitEvent.PROBE_FAILED, now)
         return True
 
+    def _matters(self, permit: Permit) -> bool:
+        if self.state is CircuitState.CLOSED:
+            return permit.era == self.era
+        return permit in self._out
+
     def _record(self, permit: Permit, failed: bool, now: float) -> None:
-        trips = self.tally.record(failed, now)
-        permit.steady = self.tally.steady
+        settled, self._settled = self._settled, permit.successes
+        if permit.successes > settled:
+            self.tally.settle(permit.successes - settled)
+        trips = self.tally.record(failed, now, max(0.0, now - permit.began))
         if trips:
-            self._on_event(CircuitEvent.TRIPPED, now)
+            self._move(CircuitEvent.TRIPPED, now)
+        elif self.everyone is not None:
+            self.everyone.steady = self.tally.steady
 
     def give_back(self, permit: Permit) -> None:
         """Free the place of a probe that says nothing."""
@@ -543,12 +675,11 @@ class Circuit:
 
     def isolate(self, now: float) -> None:
         """Open the circuit until :meth:`reset`."""
-        self._on_event(CircuitEvent.ISOLATED, now)
-        self.until = math.inf
+        self._move(CircuitEvent.ISOLATED, now)
 
     def reset(self, now: float) -> None:
         """Close the circuit."""
-        self._on_event(CircuitEvent.RESET, now)
+        self._move(CircuitEvent.RESET, now)
 
 
 class TripRule(Protocol):
@@ -562,17 +693,34 @@ class Tally(Protocol):
     """What a :class:`TripRule` counts in one era.
 
     Attributes:
-        steady: Whether one more success would change nothing.
+        steady: Whether no success can open the circuit now and it does not matter when exactly one
+            came. Then they are not recorded but handed to :meth:`settle` before the next failure.
+        timed: Whether it wants to know how long each call took; never changes.
     """
 
-    steady: bool
+    @property
+    def steady(self) -> bool: ...  # noqa: D102 -- above
 
-    def record(self, failed: bool, now: float) -> bool:
-        """Count one call, and tell whether the circuit must open."""
+    @property
+    def timed(self) -> bool: ...  # noqa: D102 -- above
+
+    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
+        """Count one call that took so long, and tell whether the circuit must open."""
+
+    def settle(self, successes: int) -> None:
+        """Count successes that came while the tally was steady."""
+
+
+class _Combinable:
+    __slots__ = ()
+
+    def __or__(self, other: TripRule) -> AnyOf:
+        """Return the rule that opens when this one does or the other."""
+        return AnyOf(cast("TripRule", self), other)
 
 
 @dataclass(frozen=True, slots=True)
-class Consecutive:
+class Consecutive(_Combinable):
     """Open after so many failures in a row, with no success between them.
 
     Args:
@@ -590,67 +738,365 @@ class Consecutive:
 
 
 class _ConsecutiveTally:
+    timed = False
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._failed = 0
         self.steady = True
 
-    def record(self, failed: bool, now: float) -> bool:
+    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
         self._failed = self._failed + 1 if failed else 0
         self.steady = self._failed == 0
         return self._failed >= self._limit
 
+    def settle(self, successes: int) -> None:
+        self._failed = 0
+
 
 @dataclass(frozen=True, slots=True)
-class FailureRate:
+class FailureRate(_Combinable):
     """Open when too large a part of the last calls has failed.
 
     Failures in a row miss a service that fails every second time.
 
     Args:
         rate: The part that is too large, above 0 and at most 1.
-        window: How many calls are looked at.
+        window: How many calls are looked at; ``None`` means 20, unless ``seconds`` are given.
+        seconds: Look at the calls of so many seconds, however many they are; forgotten by tenths.
         least: How many calls must be there before the rate means anything; ``None`` means
-            ``window``.
+            ``window``, and 20 with ``seconds``.
+
+    Raises:
+        ValueError: If a number is out of its range, or both windows are given.
+
+    The windows are those of resilience4j: count-based and time-based.
     """
 
     rate: float
-    window: int = 20
+    window: int | None = None
     least: int | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive("rate", self.rate)
-        if self.rate > 1:
-            raise ValueError(f"rate must be at most 1, got {self.rate!r}")
-        check_count("window", self.window)
-        if self.least is not None:
-            check_count("least", self.least)
-            if self.least > self.window:
-                raise ValueError(
-                    f"least must be at most the window of {self.window}, got {self.least!r}"
-                )
+        _check_rate(self.rate, self.window, self.least, self.seconds)
 
     def tally(self) -> Tally:
         """Begin to count."""
-        return _RateTally(self.rate, self.window, self.least or self.window)
+        return _tally(self.rate, self.window, self.least, self.seconds)
 
 
-class _RateTally:
-    steady = False
+@dataclass(frozen=True, slots=True)
+class SlowCallRate(_Combinable):
+    """Open when too large a part of the last calls was slow, whether they failed or not.
+
+    A service that is about to fall gets slow first, and slow calls hold connections and memory.
+
+    Args:
+        rate: The part that is too large, above 0 and at most 1.
+        slower_than: Seconds above which a call is slow.
+        window: How many calls are looked at; ``None`` means 20, unless ``seconds`` are given.
+        seconds: Look at the calls of so many seconds, however many they are; forgotten by tenths.
+        least: How many calls must be there before the rate means anything; ``None`` means
+            ``window``, and 20 with ``seconds``.
+
+    Raises:
+        ValueError: If a number is out of its range, or both windows are given.
+    """
+
+    rate: float
+    slower_than: float
+    window: int | None = None
+    least: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("slower_than", self.slower_than)
+        _check_rate(self.rate, self.window, self.least, self.seconds)
+
+    def tally(self) -> Tally:
+        """Begin to count."""
+        return _SlowTally(
+            self.slower_than, _tally(self.rate, self.window, self.least, self.seconds)
+        )
+
+
+def _check_rate(rate: float, window: int | None, least: int | None, seconds: float | None) -> None:
+    check_positive("rate", rate)
+    if rate > 1:
+        raise ValueError(f"rate must be at most 1, got {rate!r}")
+    if window is not None:
+        check_count("window", window)
+    if least is not None:
+        check_count("least", least)
+    if seconds is not None:
+        check_positive("seconds", seconds)
+        if window is not None:
+            raise ValueError(f"window must be None where seconds are given, got {window!r}")
+    elif least is not None and least > (window or WINDOW):
+        raise ValueError(f"least must be at most the window of {window or WINDOW}, got {least!r}")
+
+
+def _tally(
+    rate: float, window: int | None, least: int | None, seconds: float | None
+) -> _CountTally | _TimeTally:
+    if seconds is not None:
+        return _TimeTally(rate, seconds, least or WINDOW)
+    return _CountTally(rate, window or WINDOW, least or window or WINDOW)
+
+
+class _CountTally:
+    """The rate over the last calls, known by the numbers of the bad ones among them."""
+
+    timed = False
 
     def __init__(self, rate: float, window: int, least: int) -> None:
         self._rate = rate
+        self._window = window
         self._least = least
-        self._calls: deque[bool] = deque(maxlen=window)
-        self._failed = 0
+        self._calls = 0
+        self._bad: deque[int] = deque()
+        self.steady = True
 
-    def record(self, failed: bool, now: float) -> bool:
-        calls = self._calls
-        if len(calls) == calls.maxlen:
-            self._failed -= calls[0]
-        calls.append(failed)
-        self._failed += failed
-        return len(calls) >= self._least and self._failed >= self._rate * len(calls)
+    def settle(self, successes: int) -> None:
+        self._calls += successes
+
+    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
+        self._calls += 1
+        bad = self._bad
+        if failed:
+            bad.append(self._calls)
+        while bad and bad[0] <= self._calls - self._window:
+            bad.popleft()
+        # Where there are enough calls, or no bad ones, a success cannot raise the rate.
+        self.steady = not bad or self._calls >= self._least
+        looked_at = min(self._calls, self._window)
+        return looked_at >= self._least and len(bad) >= self._rate * looked_at
+
+
+class _TimeTally:
+    """The rate over the last seconds, as the sums of ten slots and the one that is filling."""
+
+    timed = steady = False
+    slots = 10
+
+    def __init__(self, rate: float, seconds: float, least: int) -> None:
+        self._rate = rate
+        self._least = least
+        self._slot = seconds / self.slots
+        self._sums: deque[list[int]] = deque()  # number of the slot, calls, bad ones
+        self._calls = self._bad = 0
+
+    def settle(self, successes: int) -> None:
+        raise NotImplementedError  # never steady
+
+    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
+        sums, number = self._sums, math.floor(now / self._slot)
+        # Newer ones than now are of another loop's clock.
+        while sums and not number - self.slots <= sums[0][0] <= number:
+            _, calls, bad = sums.popleft()
+            self._calls -= calls
+            self._bad -= bad
+        if not sums or sums[-1][0] != number:
+            sums.append([number, 0, 0])
+        sums[-1][1] += 1
+        sums[-1][2] += failed
+        self._calls += 1
+        self._bad += failed
+        return self._calls >= self._least and self._bad >= self._rate * self._calls
+
+
+class _SlowTally:
+    """A rate whose bad calls are the slow ones."""
+
+    timed = True
+    steady = False
+
+    def __init__(self, slower_than: float, rate: _CountTally | _TimeTally) -> None:
+        self._slower_than = slower_than
+        self._rate = rate
+
+    def settle(self, successes: int) -> None:
+        raise NotImplementedError  # never steady
+
+    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
+        return self._rate.record(seconds > self._slower_than, now, seconds)
+
+
+class AnyOf(_Combinable):
+    """Open as soon as one of several rules does; ``rule | rule`` makes one, too.
+
+    Args:
+        *rules: The rules, such as :class:`Consecutive`, :class:`FailureRate` and
+            :class:`SlowCallRate`.
+
+    Raises:
+        ValueError: If there is none.
+        TypeError: If one is no rule.
+    """
+
+    __slots__ = ("rules",)
+
+    def __init__(self, *rules: TripRule) -> None:
+        if not rules:
+            raise ValueError("rules must not be empty")
+        self.rules = tuple(_rule("rules", rule) for rule in rules)
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.rules))
+
+    def tally(self) -> Tally:
+        """Begin to count."""
+        return _AnyTally([rule.tally() for rule in self.rules])
+
+
+class _AnyTally:
+    def __init__(self, tallies: list[Tally]) -> None:
+        self._tallies = tallies
+        self.timed = any(tally.timed for tally in tallies)
+
+    @property
+    def steady(self) -> bool:
+        return all(tally.steady for tally in self._tallies)
+
+    def settle(self, successes: int) -> None:
+        for tally in self._tallies:
+            tally.settle(successes)
+
+    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
+        # All of them must count: any() alone would stop at the first that is true.
+        trips = [tally.record(failed, now, seconds) for tally in self._tallies]
+        return any(trips)
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitBreakersStatistics:
+    """What a registry of circuit breakers holds.
+
+    Attributes:
+        breakers: How many breakers there are.
+        not_closed: How many of them are open or half-open.
+        evicted: How many were dropped so far.
+        evicted_open: How many of those were open or half-open.
+    """
+
+    breakers: int
+    not_closed: int
+    evicted: int
+    evicted_open: int
+
+
+class CircuitBreakers(Generic[K]):
+    """Have one circuit breaker for each host, tenant or shard, without keeping them for ever.
+
+    With one breaker for all hosts, one that is down closes the way to the others. A breaker for
+    each key is made when it is first asked for. When there are too many, the one that was used
+    the longest ago goes; a closed one first, since it forgets no more than a few failures. If all
+    are open, the oldest of those goes, which is logged and counted. One that nobody has used for
+    ``idle`` seconds goes, too, but not while it is open.
+
+    Calls under way keep the breaker that let them through. It may be shared by threads.
+
+    Args:
+        make: Makes the breaker of a key.
+        most: How many breakers are kept.
+        idle: Seconds after which one that is not used may go.
+
+    Attributes:
+        on_event: Called with the kind and the data of what happened:
+            ``circuit_breaker.evicted`` (``key``, ``state``).
+
+    Raises:
+        ValueError: If ``most`` or ``idle`` is zero, negative or not finite.
+        TypeError: If an argument is of the wrong type.
+    """
+
+    def __init__(
+        self, make: Callable[[K], CircuitBreaker], *, most: int = 1000, idle: float = 600.0
+    ) -> None:
+        if not callable(make):
+            raise TypeError(f"make must be callable, got {make!r}")
+        check_count("most", most)
+        check_positive("idle", idle)
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
+        self._make = make
+        self._most = most
+        self._idle = idle
+        self._lock = threading.Lock()
+        # Those used last are at the end, each with the time of that.
+        self._breakers: OrderedDict[K, tuple[CircuitBreaker, float]] = OrderedDict()
+        self._evicted = self._evicted_open = 0
+
+    def __getitem__(self, key: K) -> CircuitBreaker:
+        """Return the breaker of ``key``; make it if there is none."""
+        with self._lock:
+            entry = self._breakers.get(key)
+            if entry is not None:
+                return self._use(key, entry[0])
+        new = self._make(key)  # without the lock: who knows what it does
+        gone: list[tuple[K, CircuitState]] = []
+        with self._lock:
+            entry = self._breakers.get(key)
+            if entry is None:
+                gone = self._make_room(_now())
+            breaker = self._use(key, new if entry is None else entry[0])
+        for old, state in gone:
+            self._tell(old, state)
+        return breaker
+
+    def _use(self, key: K, breaker: CircuitBreaker) -> CircuitBreaker:
+        self._breakers[key] = (breaker, _now())
+        self._breakers.move_to_end(key)
+        return breaker
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._breakers
+
+    def __len__(self) -> int:
+        return len(self._breakers)
+
+    def items(self) -> list[tuple[K, CircuitBreaker]]:
+        """Return the keys and their breakers at this moment; that does not count as use."""
+        with self._lock:
+            return [(key, breaker) for key, (breaker, _) in self._breakers.items()]
+
+    def statistics(self) -> CircuitBreakersStatistics:
+        """Return how many breakers there are, and how many there were."""
+        items = self.items()
+        return CircuitBreakersStatistics(
+            breakers=len(items),
+            not_closed=sum(b.state is not CircuitState.CLOSED for _, b in items),
+            evicted=self._evicted,
+            evicted_open=self._evicted_open,
+        )
+
+    def _make_room(self, now: float) -> list[tuple[K, CircuitState]]:
+        gone = [key for key in self._unused(now) if self._state(key) is not CircuitState.OPEN]
+        if len(self._breakers) - len(gone) >= self._most:
+            closed = (key for key in self._breakers if self._state(key) is CircuitState.CLOSED)
+            gone.append(next(closed, next(iter(self._breakers))))
+        return [(key, self._drop(key)) for key in gone]
+
+    def _unused(self, now: float) -> Iterable[K]:
+        for key, (_, used) in self._breakers.items():
+            if 0 <= now - used < self._idle:
+                return
+            yield key
+
+    def _state(self, key: K) -> CircuitState:
+        return self._breakers[key][0].state
+
+    def _drop(self, key: K) -> CircuitState:
+        state = self._breakers.pop(key)[0].state
+        self._evicted += 1
+        self._evicted_open += state is not CircuitState.CLOSED
+        return state
+
+    def _tell(self, key: K, state: CircuitState) -> None:
+        if state is CircuitState.OPEN:
+            _log.warning("the open circuit breaker of %r was dropped: too many keys", key)
+        if self.on_event is not None:
+            notify(self.on_event, "circuit_breaker.evicted", key=key, state=state.value)
 
 
 class _Unguarded(TypeError):  # noqa: N818 -- never seen under this name
@@ -676,6 +1122,21 @@ def _refuse_awaitable(fn: object, result: object) -> None:
         if inspect.iscoroutine(result):
             result.close()
         raise _Unguarded(f"{fn!r} returns an awaitable; guard an async def, or use call()")
+
+
+def _open_times(open_for: float | Iterable[float]) -> tuple[float, ...]:
+    times = tuple(islice(open_for, LONGEST)) if isinstance(open_for, Iterable) else (open_for,)
+    if not times:
+        raise ValueError("open_for must not be empty")
+    for seconds in times:
+        check_positive("open_for", seconds)
+    return times
+
+
+def _rule(name: str, rule: TripRule) -> TripRule:
+    if not callable(getattr(rule, "tally", None)):
+        raise TypeError(f"{name} must be a trip rule such as FailureRate, got {rule!r}")
+    return rule
 
 
 def _exceptions(

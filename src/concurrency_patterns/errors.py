@@ -74,6 +74,21 @@ class CircuitOpen(LocalRejection):
     ``__cause__`` is the failure that was seen last.
     """
 
+    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
+        # Refusals come in masses, so nothing is done here that can wait until one is printed.
+        if message:
+            super().__init__(message)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if message or self.retry_after is None:
+            return message
+        return f"the circuit is open for another {self.retry_after:.1f} s"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
 
 class DeadlineExceeded(PatternError, TimeoutError):  # noqa: N818 -- gRPC's name
     """The time for the operation is over.
