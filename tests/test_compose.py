@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from concurrency_patterns.circuit_breaker import CircuitBreaker, CircuitState
-from concurrency_patterns.compose import Composition, OrderWarning, compose
+from concurrency_patterns.compose import Composition, OrderWarning, compose, standard
 from concurrency_patterns.concurrency_limiter import ConcurrencyLimiter
 from concurrency_patterns.errors import (
     CircuitOpen,
     ConcurrencyLimitExceeded,
     DeadlineExceeded,
+    LocalRejection,
 )
-from concurrency_patterns.fallback import Fallback, constant
+from concurrency_patterns.fallback import Fallback, Hedge, StaleCache, constant
 from concurrency_patterns.retry import Fixed, Retry
 from concurrency_patterns.testing import explore_cancellation, run_virtual
 from concurrency_patterns.timeout import Timeout
@@ -205,6 +206,10 @@ async def test_token_first_then_slot_breaks_the_rate_after_a_stall() -> None:
         ((retry(), Timeout(1), retry()), "keep one of them"),
         ((retry(), Fallback(constant(0))), "put the fallback outside"),
         ((compose(retry()), Fallback(constant(0))), "put the fallback outside"),
+        ((retry(), StaleCache(1, 1)), "put the cache outside of the retry"),
+        ((CircuitBreaker(), Fallback(constant(0))), "put the fallback outside of the circuit"),
+        ((CircuitBreaker(), StaleCache(1, 1)), "put the cache outside of the circuit"),
+        ((Hedge(delay=1), retry()), "put the retry outside of the hedge"),
         ((TokenBucket(1, 1), ConcurrencyLimiter(1)), "put the concurrency limiter outside"),
     ],
 )
@@ -221,14 +226,173 @@ def test_a_good_order_is_not_warned_of() -> None:
         warnings.simplefilter("error")
         pipeline = compose(
             Fallback(constant(0)),
+            StaleCache(1, 1),
             Timeout(9),
             retry(),
+            Hedge(delay=1),
             CircuitBreaker(),
             ConcurrencyLimiter(1),
             TokenBucket(1, 1),
             Timeout(1),
         )
-    assert len(pipeline.policies) == 7
+    assert len(pipeline.policies) == 9
+
+
+def everything(**options: Any) -> Retry:
+    """Retry everything, also what a policy of ours refuses."""
+    return Retry(on=Exception, attempts=9, backoff=Fixed(0.1), **options)
+
+
+async def seconds_with_an_open_circuit(pipeline: Composition, breaker: CircuitBreaker) -> float:
+    """Open the circuit, and tell how long the next call takes."""
+    with pytest.raises(ConnectionError):
+        await breaker.call(Service(failures=9))
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await asyncio.gather(pipeline.call(Service()), return_exceptions=True)
+    return loop.time() - start
+
+
+@pytest.mark.parametrize(
+    "around", [(everything(max_elapsed=60),), (Timeout(60), everything()), (everything(), retry())]
+)
+async def test_waiting_for_an_open_circuit_is_warned_of_where_it_would_happen(around: Any) -> None:
+    """A retry that names the refusal and has the time waits for it; with no limit it does not."""
+    breaker = CircuitBreaker(failures=1, open_for=5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline = compose(*around, breaker)
+    warned = any("waits for the open breaker, 5 s" in str(warning.message) for warning in caught)
+    assert (await seconds_with_an_open_circuit(pipeline, breaker) >= 5) is warned
+    assert warned is (len(around) == 1 or isinstance(around[0], Timeout))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        (retry(),),
+        (everything(),),
+        (everything(max_elapsed=60, never=LocalRejection),),
+        (everything(max_elapsed=4),),
+        (Timeout(4), everything(max_elapsed=60)),
+        (Retry(on=lambda _: False, max_elapsed=60),),
+    ],
+)
+async def test_a_retry_that_does_not_wait_for_the_circuit_is_not_warned_of(around: Any) -> None:
+    """It does not name the refusal, or has not the time; and indeed it does not wait."""
+    breaker = CircuitBreaker(failures=1, open_for=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline = compose(*around, breaker)
+    assert await seconds_with_an_open_circuit(pipeline, breaker) < 0.1
+
+
+async def test_a_cache_works_within_a_composition() -> None:
+    """The same function through the same policies has the same answer, called or decorated."""
+    cache, service = StaleCache(ttl=60, stale_ttl=60), Service()
+    pipeline = compose(cache, retry(), Timeout(1))
+    for _ in range(3):
+        await pipeline.call(service, "a")
+    await pipeline.call(service, "b")
+    assert (service.called, cache.statistics().hits) == (2, 2)
+
+
+async def test_a_hedge_takes_a_slot_for_each_attempt() -> None:
+    """Both attempts pass through the policies inside; the slot of the loser comes back."""
+    limiter = ConcurrencyLimiter(2)
+    pipeline = compose(Hedge(delay=1), limiter)
+    takes = iter([60.0, 1.0])
+
+    async def service() -> None:
+        await asyncio.sleep(next(takes))
+
+    await pipeline.call(service)
+    assert (limiter.statistics().peak, limiter.statistics().in_use) == (2, 0)
+
+
+def test_standard_is_the_default_order() -> None:
+    """Fallback and token bucket are there only if they have something to do."""
+
+    def kinds(pipeline: Composition) -> list[str]:
+        return [type(policy).__name__ for policy in pipeline.policies]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kinds(compose(standard(constant(0), rate=100))) == [
+            "Fallback",
+            "Timeout",
+            "Retry",
+            "CircuitBreaker",
+            "ConcurrencyLimiter",
+            "TokenBucket",
+            "Timeout",
+        ]
+        assert kinds(compose(standard())) == [
+            "Timeout",
+            "Retry",
+            "CircuitBreaker",
+            "ConcurrencyLimiter",
+            "Timeout",
+        ]
+
+
+async def test_standard_serves_an_unreliable_service() -> None:
+    """It retries, stops at the deadline, leaves a dead service alone, and degrades."""
+    loop = asyncio.get_running_loop()
+    assert await standard().call(Service(failures=2), "answer") == ("answer",)
+    pipeline = standard(constant("cached"), timeout=1, deadline=2.5)
+    hanging = Service(takes=60)
+    start = loop.time()
+    assert await pipeline.call(hanging) == "cached"
+    assert loop.time() - start <= 2.5
+    breaker = next(policy for policy in pipeline.policies if isinstance(policy, CircuitBreaker))
+    while breaker.state is CircuitState.CLOSED:
+        await pipeline.call(hanging)
+    before, start = hanging.called, loop.time()
+    assert await pipeline.call(hanging) == "cached"
+    assert (hanging.called, loop.time()) == (before, start)
+
+
+async def test_standard_lets_bugs_through() -> None:
+    """What ``on`` does not name is not retried, opens no circuit, and is not answered."""
+    pipeline = standard(constant("cached"))
+    called = 0
+
+    async def bug() -> None:
+        nonlocal called
+        called += 1
+        raise KeyError("bug")
+
+    for _ in range(6):
+        with pytest.raises(KeyError):
+            await pipeline.call(bug)
+    assert called == 6
+
+
+async def test_standard_bounds_the_queue() -> None:
+    """Beyond the slots and five times as many that wait, a call is refused."""
+    pipeline = standard(concurrency=2, deadline=100, timeout=50)
+    results = await asyncio.gather(
+        *(pipeline.call(Service(takes=1)) for _ in range(15)), return_exceptions=True
+    )
+    assert sum(isinstance(result, ConcurrencyLimitExceeded) for result in results) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": 0}, "timeout must be above 0, got 0"),
+        ({"deadline": 1, "timeout": 2}, r"deadline must be at least timeout \(2\), got 1"),
+        ({"attempts": 0}, "attempts must be at least 1, got 0"),
+        ({"concurrency": 0}, "limit must be at least 1, got 0"),
+        ({"rate": 0}, "rate must be above 0, got 0"),
+        ({"open_for": -1}, "open_for must be above 0, got -1"),
+    ],
+)
+def test_bad_arguments_of_standard_are_refused(options: Any, message: str) -> None:
+    """Each bad argument is named."""
+    with pytest.raises(ValueError, match=message):
+        standard(**options)
 
 
 def test_describes_itself() -> None:

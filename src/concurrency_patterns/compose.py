@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
+from .circuit_breaker import CircuitBreaker
+from .concurrency_limiter import ConcurrencyLimiter
+from .errors import CircuitOpen, LocalRejection, check_positive
+from .fallback import Fallback
+from .retry import FullJitter, Retry, RetryBudget
+from .timeout import Timeout
+from .token_bucket import TokenBucket
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-__all__ = ["Composition", "CompositionStatistics", "OrderWarning", "Policy", "compose"]
+    from .fallback import Alternative
+
+__all__ = ["Composition", "CompositionStatistics", "OrderWarning", "Policy", "compose", "standard"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,9 +63,69 @@ def compose(*policies: Policy) -> Composition:
         TypeError: If one of them has no ``async def call(fn, ...)``.
     """
     composition = Composition(policies)
-    for message in _bad_orders(composition.policies):
+    for message in [*_bad_orders(composition.policies), *_waits_out(composition.policies)]:
         warnings.warn(message, OrderWarning, stacklevel=2)
     return composition
+
+
+def standard(
+    *alternatives: Callable[..., Any] | Alternative,
+    on: type[Exception] | tuple[type[Exception], ...] = (ConnectionError, TimeoutError),
+    timeout: float = 2.0,
+    deadline: float = 10.0,
+    attempts: int = 3,
+    concurrency: int = 20,
+    rate: float | None = None,
+    open_for: float = 30.0,
+) -> Composition:
+    """Put what serves most calls of an unreliable service around them, in the right order.
+
+    From the outside to the inside: a fallback, if there is anybody to ask; a timeout for the whole;
+    a retry with full jitter and a budget of its own; a circuit breaker; a concurrency limiter; a
+    token bucket, if there is a rate; a timeout for each attempt. Make one for each service, and
+    share it among all who call that service.
+
+    Args:
+        *alternatives: Who is asked when all else has failed, as in
+            :class:`~concurrency_patterns.fallback.Fallback`; nobody means no fallback.
+        on: The exceptions that are failures of the service. They are retried, counted by the
+            circuit breaker, and answered by the alternatives; all others pass through at once.
+        timeout: The time for one attempt, in seconds.
+        deadline: The time for a call with all its attempts and waits, in seconds.
+        attempts: How many attempts a call has at most.
+        concurrency: How many attempts there are at the same time. Five times as many may wait;
+            beyond them a call is refused.
+        rate: How many attempts begin in a second, and at once after a pause at most a tenth of
+            that; ``None`` for as many as there are.
+        open_for: How long the circuit breaker leaves the service alone, in seconds.
+
+    Returns:
+        A policy; its ``policies`` are those named above.
+
+    Raises:
+        ValueError: If a number is out of its range, or the deadline leaves no time for one attempt.
+
+    The order is that of Polly's standard resilience pipeline, but the slot comes before the token.
+    """
+    check_positive("timeout", timeout)
+    check_positive("deadline", deadline)
+    if deadline < timeout:
+        raise ValueError(f"deadline must be at least timeout ({timeout!r}), got {deadline!r}")
+    kinds = on if isinstance(on, tuple) else (on,)
+    policies: list[Policy] = []
+    if alternatives:
+        policies.append(Fallback(*alternatives, on=(*kinds, TimeoutError, LocalRejection)))
+    policies += [
+        Timeout(deadline),
+        Retry(on=kinds, attempts=attempts, backoff=FullJitter(), budget=RetryBudget()),
+        CircuitBreaker(on=kinds, open_for=open_for),
+        ConcurrencyLimiter(concurrency, max_queue=5 * concurrency),
+    ]
+    if rate is not None:
+        check_positive("rate", rate)
+        policies.append(TokenBucket(rate, capacity=max(1, int(rate / 10))))
+    policies.append(Timeout(timeout))
+    return Composition(tuple(policies))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +210,7 @@ class _BadOrder:
     cure: str
 
 
-# By the names of the classes, as no policy is imported here.
+# By the names of the classes: a policy may be a copy of ours in somebody's project.
 _BAD_ORDERS = [
     _BadOrder(
         "Retry",
@@ -152,6 +223,30 @@ _BAD_ORDERS = [
         "Fallback",
         "the fallback answers before the retry sees a failure, so nothing is ever retried",
         "put the fallback outside of the retry",
+    ),
+    _BadOrder(
+        "Retry",
+        "StaleCache",
+        "the cache gives an old answer before the retry sees a failure, so nothing is ever retried",
+        "put the cache outside of the retry",
+    ),
+    _BadOrder(
+        "CircuitBreaker",
+        "Fallback",
+        "the fallback answers before the breaker sees a failure, so it never opens",
+        "put the fallback outside of the circuit breaker",
+    ),
+    _BadOrder(
+        "CircuitBreaker",
+        "StaleCache",
+        "the cache gives an old answer before the breaker sees a failure, so it never opens",
+        "put the cache outside of the circuit breaker",
+    ),
+    _BadOrder(
+        "Hedge",
+        "Retry",
+        "both attempts of the hedge are retried: two times three are six calls of a slow service",
+        "put the retry outside of the hedge",
     ),
     _BadOrder(
         "TokenBucket",
@@ -171,6 +266,42 @@ def _bad_orders(policies: tuple[Policy, ...]) -> list[str]:
         if outer and inner and outer[0] < inner[-1]:
             found.append(f"{bad.inner} inside {bad.outer}: {bad.harm}; {bad.cure}")
     return found
+
+
+def _waits_out(policies: tuple[Policy, ...]) -> list[str]:
+    """Find a retry that waits until the circuit breaker inside of it closes again.
+
+    It does so if its ``on`` matches the breaker's refusal, and it has the time: it knows how much
+    from its ``max_elapsed`` and from a timeout around it, and without either does not wait.
+    """
+    limits: list[float] = []
+    waiting: list[float] = []  # how long each retry so far may wait for a breaker
+    for policy in policies:
+        if _is_a(policy, "Timeout"):
+            limits.append(getattr(policy, "seconds", math.inf))
+        elif _is_a(policy, "Retry") and _retries(policy, CircuitOpen):
+            elapsed = getattr(policy, "max_elapsed", None)
+            own = limits if elapsed is None else [*limits, elapsed]
+            waiting.append(min(own, default=0.0))
+        elif _is_a(policy, "CircuitBreaker"):
+            open_for = getattr(policy, "open_for", math.inf)
+            if any(open_for < limit for limit in waiting) and not getattr(policy, "shadow", False):
+                return [
+                    "CircuitBreaker inside Retry: the retry waits for the open breaker, "
+                    f"{open_for:g} s, instead of failing fast; leave CircuitOpen out of its on, "
+                    "or name it in its never"
+                ]
+    return []
+
+
+def _retries(policy: Policy, kind: type[Exception]) -> bool:
+    """Tell whether a retry names an exception by its class; a function is not asked."""
+
+    def names(condition: object) -> bool:
+        classes = condition if isinstance(condition, tuple) else (condition,)
+        return any(isinstance(entry, type) and issubclass(kind, entry) for entry in classes)
+
+    return names(getattr(policy, "on", ())) and not names(getattr(policy, "never", ()))
 
 
 def _is_a(policy: Policy, name: str) -> bool:
