@@ -149,7 +149,15 @@ class Channel(Generic[T]):
         else:
             self._overflow_with(item)
             return
-        self._put(item)
+        # As _put does, written out: the call would add a twentieth to the time of an item.
+        self._buffer.append(item)
+        self._sent += 1
+        if self._free < self._least_free:  # noqa: PLR1730 -- min() costs more than all of this
+            self._least_free = self._free
+        if self._receivers:
+            self._offer_item()
+        else:
+            self._ready += 1
 
     def send_nowait(self, item: T) -> None:
         """Put an item into the channel if there is room at once, or do what ``overflow`` says.

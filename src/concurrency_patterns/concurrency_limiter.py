@@ -148,6 +148,12 @@ class ConcurrencyLimiter:
         if self._in_use < weight:
             held = f"only {self._in_use} slots are" if self._in_use else "no slot is"
             raise RuntimeError(f"release without acquire: {held} in use")
+        if self._waiters and self._in_use == self._limit:
+            waiter, wanted = self._waiters[0]
+            if wanted == weight and not waiter.done():
+                self._waiters.popleft()
+                waiter.set_result(None)  # handed over: as much stays in use as before
+                return
         self._in_use -= weight
         if self._waiters:
             self._grant()

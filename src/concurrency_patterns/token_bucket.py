@@ -449,56 +449,62 @@ class _Level:
     """The arithmetic of the bucket, without a clock of its own: it is handed the time.
 
     At ``since`` the bucket was full, and ``taken`` tokens have been taken since then; so it will
-    be full again at ``since + taken / rate``. A product of a whole number does not drift, as a
-    sum of a million small steps would.
+    be full again at ``full_at = since + taken / rate``. A product of a whole number does not
+    drift, as a sum of a million small steps would.
     """
 
-    __slots__ = ("capacity", "depth", "interval", "since", "taken")
+    __slots__ = ("capacity", "depth", "full_at", "interval", "since", "taken")
 
     def __init__(self, rate: float, capacity: int) -> None:
         self.capacity = capacity
         self.interval = 1 / rate  # seconds a token
-        self.depth = capacity * self.interval  # seconds to fill the empty bucket
-        self.since = 0.0
+        self.depth = capacity * self.interval + EARLY  # seconds to fill the empty bucket
+        self.since = self.full_at = 0.0
         self.taken = 0
 
     def take(self, n: int, now: float, late: float = 0.0) -> bool:
-        until_full = self.since + self.taken * self.interval - now
-        if until_full <= -late:  # it is full: what overflows is lost
-            self.since = now - late
+        if self.full_at <= now - late:  # it is full: what overflows is lost
+            self.since = since = now - late
             self.taken = n
+            self.full_at = since + n * self.interval
             return True
-        if until_full + n * self.interval > self.depth + EARLY:
+        full_at = self.since + (self.taken + n) * self.interval
+        if full_at > now + self.depth:
             return False
         self.taken += n
+        self.full_at = full_at
         return True
 
     def give_back(self, n: int, now: float) -> None:
         self.take(0, now)  # a full bucket keeps nothing for what is taken in excess now
-        self.taken -= n
+        self._set(self.since, self.taken - n)
 
     def wait(self, line: list[int], now: float) -> float:
-        full_at = max(self.since + self.taken * self.interval, now)
-        return max(0.0, full_at + sum(line) * self.interval - self.depth - now)
+        full_at = max(self.full_at, now) + sum(line) * self.interval
+        return max(0.0, full_at - self.depth + EARLY - now)
 
     def tokens(self, now: float) -> float:
         """Return how many tokens are there at ``now``; below 0 if the bucket owes some."""
-        missing = max(0.0, self.since + self.taken * self.interval - now)
-        return round((self.depth - missing) / self.interval, 6)
+        missing = max(0.0, self.full_at - now)
+        return round(self.capacity - missing / self.interval, 6)
 
     def set_rate(self, rate: float, now: float) -> None:
         """Keep the tokens that are there, and gain others at another rate."""
         missing = self.capacity - self.tokens(now)
+        taken = math.ceil(missing)
         self.interval = 1 / rate
-        self.depth = self.capacity * self.interval
-        self.since = now - (1 - missing % 1) % 1 * self.interval
-        self.taken = -int(-missing // 1)
+        self.depth = self.capacity * self.interval + EARLY
+        self._set(now - (taken - missing) * self.interval, taken)
 
     def on_clock_changed(self, now: float) -> None:
         """Begin on another clock: the bucket is empty at worst, so that it cannot be stuck."""
-        if self.since + self.taken * self.interval > now + self.depth:
-            self.since = now
-            self.taken = self.capacity
+        if self.full_at > now + self.depth:
+            self._set(now, self.capacity)
+
+    def _set(self, since: float, taken: int) -> None:
+        self.since = since
+        self.taken = taken
+        self.full_at = since + taken * self.interval
 
 
 class _Window:
