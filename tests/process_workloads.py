@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -148,3 +149,81 @@ def fork_and_die(path):
 
 async def coroutine_function():
     """Do not belong here."""
+
+
+class DieWhenRead:
+    """Kills the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (6,)
+
+
+FAULTS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(3),
+    "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "bad result": make_lock,
+    "brittle result": make_brittle,
+    "bad error": raise_two_arguments,
+    "interrupt": interrupt,
+    "hang": lambda: time.sleep(600),
+    "huge": lambda: b"x" * 2**23,
+}
+
+
+def double_or(item):
+    """Return twice the number; if it comes with a fault, do that instead."""
+    number, fault = item
+    return FAULTS[fault]() if isinstance(fault, str) else 2 * number
+
+
+def note(item):
+    """Write down the number, take a moment, return it."""
+    path, number, seconds = item
+    with open(path, "a") as file:  # noqa: PTH123 -- appends in one piece
+        file.write(f"{number}\n")
+    time.sleep(seconds)
+    return number
+
+
+def spin(path):
+    """Write down the own process, and compute for ever."""
+    Path(path).write_text(str(os.getpid()))
+    while True:
+        pass
+
+
+def wait_for(path, started=None):
+    """Say that it runs, and wait for the file."""
+    if started:
+        Path(started).touch()
+    while not Path(path).exists():
+        time.sleep(0.001)
+    return "done"
+
+
+ready = []
+
+
+def get_ready(word):
+    """Be the initializer."""
+    if word == "fail":
+        raise LookupError("no database")
+    ready.append(word)
+
+
+def what_is_ready(_=None):
+    """Return what the initializer has left."""
+    return ready
+
+
+def grow(_):
+    """Return the same list each time, one longer."""
+    ready.append(len(ready))
+    return ready
+
+
+def speak(text):
+    """Write on both streams."""
+    print(text)  # noqa: T201
+    print(text, file=sys.stderr)  # noqa: T201

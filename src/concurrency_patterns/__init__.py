@@ -36,7 +36,7 @@ from .observe import (
     PrometheusListener,
     observe,
 )
-from .process_pool import ProcessPool
+from .process_pool import ProcessExecutor, ProcessPool
 from .retry import (
     DecorrelatedJitter,
     EqualJitter,
@@ -93,6 +93,7 @@ __all__ = [
     "Outcome",
     "PatternError",
     "PoolClosed",
+    "ProcessExecutor",
     "ProcessPool",
     "PrometheusListener",
     "QueueFull",

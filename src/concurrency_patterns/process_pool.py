@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import concurrent.futures
 import inspect
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -12,14 +15,27 @@ import signal
 import socket
 import struct
 import sys
+import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterable
 from contextlib import aclosing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
-from .errors import PoolClosed, RemoteError, WorkerCrashed, check_count, check_loop
+from .errors import (
+    DeadlineExceeded,
+    PoolClosed,
+    RemoteError,
+    WorkerCrashed,
+    check_count,
+    check_loop,
+    check_positive,
+    check_seconds,
+    notify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
@@ -27,13 +43,14 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["ProcessPool", "ProcessPoolStatistics"]
+__all__ = ["ProcessExecutor", "ProcessPool", "ProcessPoolStatistics"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
 EXIT_GRACE = 5.0  # seconds for a worker without work to run its exit handlers; then it is killed
+SHORT_BATCH, LONG_BATCH, LARGEST_BATCH = 0.001, 0.004, 1000  # seconds, seconds, items
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +64,9 @@ class ProcessPoolStatistics:
         delivered: How often an item was handed to a worker.
         redelivered: How many of these deliveries repeat one that was lost with its worker.
         poisoned: How many items were given up because their last delivery killed its worker too.
+        timed_out: How many items were given up because they took longer than their limit.
         restarts: How many workers have died or were killed, and were replaced.
+        recycled: How many workers were replaced because they had handled enough items.
     """
 
     workers: int
@@ -56,7 +75,9 @@ class ProcessPoolStatistics:
     delivered: int
     redelivered: int
     poisoned: int
+    timed_out: int
     restarts: int
+    recycled: int
 
 
 class ProcessPool:
@@ -70,15 +91,28 @@ class ProcessPool:
     Use it with ``async with``. Leaving the block waits until everything submitted is handled;
     leaving it by an exception kills the workers. Functions, arguments and results travel by
     pickle: a function must be importable by its name, and a script that makes a pool needs
-    ``if __name__ == "__main__":``.
+    ``if __name__ == "__main__":``. A process is started when there is an item for it. A worker
+    that gets SIGTERM finishes its item first, one that gets SIGINT (Ctrl-C) goes on, as the parent
+    decides; when the parent is gone, its workers end, too.
 
     Args:
-        workers: How many processes to keep.
+        workers: How many processes to keep at most.
         start_method: How a process is started, ``"spawn"`` or ``"forkserver"``. ``"fork"`` is
             refused, as it copies the locks that other threads hold, and every worker would hold
             the pipes of the others open.
         max_deliveries: How often an item may be handed to a worker in all. With 1, it is handled
             at most once; with more, a call that lost its worker is made again.
+        task_timeout: Seconds that a worker may take for one item; then it is killed, and another
+            one takes its place. The time in the line does not count.
+        max_tasks_per_worker: How many items a worker handles before a fresh one replaces it (a
+            batch is finished first); ``None`` means without end. A cure for code that leaks.
+        initializer: A function that each worker calls before its first item.
+        initargs: Its arguments.
+
+    Attributes:
+        on_event: Called with ``process_pool.worker_crashed`` (``exitcode``),
+            ``process_pool.redelivered`` (``item``) and ``process_pool.gave_up`` (``item``,
+            ``deliveries``).
 
     Raises:
         ValueError: If an argument is out of range.
@@ -95,14 +129,28 @@ class ProcessPool:
         *,
         start_method: Literal["spawn", "forkserver"] = "spawn",
         max_deliveries: int = 1,
+        task_timeout: float | None = None,
+        max_tasks_per_worker: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
     ) -> None:
         check_count("workers", workers)
         check_count("max_deliveries", max_deliveries)
+        if task_timeout is not None:
+            check_positive("task_timeout", task_timeout)
+        if max_tasks_per_worker is not None:
+            check_count("max_tasks_per_worker", max_tasks_per_worker)
         if start_method not in {"spawn", "forkserver"}:
             raise ValueError(f"start_method must be 'spawn' or 'forkserver', got {start_method!r}")
+        if initializer is not None:
+            _check_function("initializer", initializer)
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._size = workers
         self._context: Any = multiprocessing.get_context(start_method)
         self._max_deliveries = max_deliveries
+        self._task_timeout = task_timeout
+        self._max_tasks = max_tasks_per_worker
+        self._setup = (initializer, initargs)
         self._open = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._keepers: set[asyncio.Task[None]] = set()  # each keeps one worker alive
@@ -110,23 +158,38 @@ class ProcessPool:
         self._idle: deque[_Worker] = deque()
         self._waiting: deque[_Job] = deque()
         self._unsettled: set[asyncio.Future[Any]] = set()
-        self._delivered = self._redelivered = self._poisoned = self._restarts = 0
+        self._delivered = self._redelivered = self._poisoned = self._timed_out = 0
+        self._restarts = self._recycled = 0
 
     async def __aenter__(self) -> Self:
         self._loop = check_loop(self, self._loop)
         if self._open or self._keepers:
             raise RuntimeError("this ProcessPool is running already")
         self._open = True
-        self._hire()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
+        await self.close(grace=None if kind is None else 0)
+
+    async def close(self, *, grace: float | None = None) -> None:
+        """Take no more items, finish those that were submitted, and end the workers.
+
+        A program that is told to stop (SIGTERM, Ctrl-C) has some seconds to finish what it began.
+
+        Args:
+            grace: Seconds after which the workers are killed, and what is not finished fails with
+                :exc:`~concurrency_patterns.errors.PoolClosed`; ``None`` means never.
+        """
+        if grace is not None:
+            check_seconds("grace", grace)
         self._open = False
         try:
-            if kind is None:
-                await self._drain()
+            if self._unsettled and grace != 0:
+                await asyncio.wait(set(self._unsettled), timeout=grace)
+            if not self._unsettled and grace != 0:
+                await self._dismiss_all()
         finally:
             self._refuse_what_is_left()
             for keeper in self._keepers:
@@ -138,7 +201,7 @@ class ProcessPool:
         """Call a function in a worker process and wait for what it returns.
 
         Cancelling this call takes the item out of the line, or kills the worker that handles it.
-        So ``asyncio.timeout`` around it is a hard limit.
+        So ``asyncio.timeout`` around it is a hard limit, for waiting and running together.
 
         Args:
             fn: A plain function that can be imported by its name.
@@ -149,14 +212,20 @@ class ProcessPool:
             What ``fn`` returns.
 
         Raises:
-            WorkerCrashed: If the worker died while it ran ``fn``.
+            WorkerCrashed: If the worker died while it ran ``fn``, or the workers cannot start.
+            DeadlineExceeded: If ``fn`` took longer than ``task_timeout``.
             RemoteError: If the result, or the exception that ``fn`` raised, cannot travel between
                 processes. Any other exception comes as it was raised, with the traceback of the
                 worker as a note.
             TypeError: If the arguments cannot be pickled, or ``fn`` is ``async``.
             PoolClosed: If the pool is not open.
         """
-        return await self._enqueue(fn, args, kwargs, item=args)
+        _check_function("fn", fn)
+        [outcome] = await self._enqueue(fn, [args], kwargs, self._task_timeout)
+        if type(outcome) is _Failure:
+            raise outcome.error
+        result: R = outcome
+        return result
 
     @overload
     def map(
@@ -166,6 +235,8 @@ class ProcessPool:
         *,
         ordered: bool = ...,
         buffer: int | None = ...,
+        chunksize: int | None = ...,
+        timeout: float | None = ...,
         return_exceptions: Literal[False] = ...,
     ) -> AsyncIterator[R]: ...
 
@@ -177,6 +248,8 @@ class ProcessPool:
         *,
         ordered: bool = ...,
         buffer: int | None = ...,
+        chunksize: int | None = ...,
+        timeout: float | None = ...,
         return_exceptions: bool,
     ) -> AsyncIterator[R | Exception]: ...
 
@@ -187,6 +260,8 @@ class ProcessPool:
         *,
         ordered: bool = True,
         buffer: int | None = None,
+        chunksize: int | None = 1,
+        timeout: float | None = None,  # noqa: ASYNC109 -- the worker's limit, not the caller's
         return_exceptions: bool = False,
     ) -> AsyncIterator[R | Exception]:
         """Call a function with each item of a source, in all workers, and yield the results.
@@ -197,8 +272,14 @@ class ProcessPool:
             fn: A plain function of one argument that can be imported by its name.
             source: The items; an iterable or an asynchronous one.
             ordered: Whether results come in the order of the items, or as they are finished.
-            buffer: How many items, beyond one for each worker, may be read without their results
-                having been taken; ``None`` means as many as there are workers.
+            buffer: How many items (batches, if ``chunksize`` is not 1), beyond one for each
+                worker, may be read without their results having been taken; ``None`` means as many
+                as there are workers.
+            chunksize: How many items travel together, which pays off when an item takes less than
+                a millisecond. ``None`` lets batches grow until one takes some milliseconds; an
+                asynchronous source is then read one by one, as its items may be slow to come.
+                In a batch, too, a dead worker, a time limit or an error costs one item only.
+            timeout: Seconds that a worker may take for one item, in place of ``task_timeout``.
             return_exceptions: Whether the exception of an item is yielded in the place of its
                 result. Otherwise it is raised, and the items not yet finished are given up.
 
@@ -208,19 +289,26 @@ class ProcessPool:
         Raises:
             WorkerCrashed: As for :meth:`submit`; any other exception of ``submit`` too.
         """
+        _check_function("fn", fn)
         if buffer is None:
             buffer = self._size
         check_count("buffer", buffer, least=0)
+        if chunksize is not None:
+            check_count("chunksize", chunksize)
+        if timeout is not None:
+            check_positive("timeout", timeout)
+        limit = self._task_timeout if timeout is None else timeout
+        pace = _Pace(chunksize or 1, fixed=chunksize is not None)
         room = asyncio.Semaphore(self._size + buffer)
-        calls: set[asyncio.Future[R]] = set()
+        calls: set[asyncio.Future[Any]] = set()
         answers: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
 
         async def read() -> None:
             await room.acquire()
             try:
-                async with aclosing(_each(source)) as items:
-                    async for item in items:
-                        call = self._enqueue(fn, (item,), {}, item=item)
+                async with aclosing(_batches(source, pace)) as batches:
+                    async for batch in batches:
+                        call = self._enqueue(fn, batch, None, limit, pace)
                         calls.add(call)
                         if ordered:
                             answers.put_nowait(call)
@@ -235,14 +323,15 @@ class ProcessPool:
         reader.add_done_callback(answers.put_nowait)  # behind all answers: the end
         try:
             while (answer := await answers.get()) is not reader:
-                try:
-                    result = await answer
-                except Exception as error:
-                    if not return_exceptions:
-                        raise
-                    result = error
+                outcomes = await answer
                 calls.discard(answer)
-                yield result
+                for outcome in outcomes:
+                    if type(outcome) is not _Failure:
+                        yield outcome
+                    elif return_exceptions:
+                        yield outcome.error
+                    else:
+                        raise outcome.error
                 room.release()
             await reader
         finally:
@@ -261,29 +350,29 @@ class ProcessPool:
             delivered=self._delivered,
             redelivered=self._redelivered,
             poisoned=self._poisoned,
+            timed_out=self._timed_out,
             restarts=self._restarts,
+            recycled=self._recycled,
         )
 
     def _enqueue(
-        self, fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any], item: object
-    ) -> asyncio.Future[R]:
+        self,
+        fn: Callable[..., Any],
+        items: list[Any],
+        kwargs: dict[str, Any] | None,
+        limit: float | None,
+        pace: _Pace | None = None,
+    ) -> asyncio.Future[list[Any]]:
         if not self._open:
             raise PoolClosed("submit and map need a pool that runs: use it inside of `async with`")
         loop = check_loop(self, self._loop)
-        if not callable(fn) or inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be a plain function, got {fn!r}")
-        name = getattr(fn, "__qualname__", repr(fn))
-        try:
-            request = pickle.dumps((fn, args, kwargs), pickle.HIGHEST_PROTOCOL)
-        except Exception as error:
-            message = f"the call of {name} cannot be pickled for a worker process: {error}"
-            raise TypeError(message) from error
-        job = _Job(loop.create_future(), request, name, item)
+        job = _Job(loop.create_future(), fn, items, kwargs, limit, pace)
+        job.pack()
         self._unsettled.add(job.future)
         job.future.add_done_callback(lambda _: self._on_done(job))
         self._waiting.append(job)
-        self._hire()
         self._dispatch()
+        self._hire()
         return job.future
 
     def _on_done(self, job: _Job) -> None:
@@ -302,11 +391,14 @@ class ProcessPool:
                 continue
             worker = self._idle.popleft()
             if worker.is_alive():  # else it died without work; its keeper replaces it
-                worker.give(self._waiting.popleft())
-                self._delivered += 1
+                job = self._waiting.popleft()
+                worker.give(job)
+                self._delivered += len(job.items) - len(job.outcomes)
 
     def _hire(self) -> None:
-        while len(self._keepers) < self._size:
+        """Start a worker for each item that waits, as far as none is starting for it."""
+        starting = len(self._keepers) - len(self._ready)
+        for _ in range(min(len(self._waiting) - starting, self._size - len(self._keepers))):
             keeper = asyncio.create_task(self._keep(), name="process pool: keeper")
             self._keepers.add(keeper)
             keeper.add_done_callback(self._keepers.discard)
@@ -317,195 +409,417 @@ class ProcessPool:
             worker = _Worker(self._on_message)
             exitcode = cause = None
             try:
-                exitcode = await worker.live(self._context)
+                exitcode = await worker.live(self._context, self._setup)
             except Exception as error:  # noqa: BLE001 -- no process to be had, for whatever reason
                 cause = error
             finally:
                 was_ready = worker in self._ready
-                self._forget(worker)
-            if was_ready:
-                self._on_exit(worker, exitcode)
-                self._restarts += self._open or bool(self._waiting)
-            elif not self._on_failed_start(exitcode, cause):
+                self._ready.discard(worker)
+                if worker in self._idle:
+                    self._idle.remove(worker)
+            if not was_ready:
                 self._keepers.discard(worker.keeper)  # the next submission hires another one
+                if not self._keepers:
+                    reason = _tell_start(worker.failure, cause, exitcode)
+                    self._fail_all(reason, worker.failure or cause, exitcode)
                 return
-
-    def _forget(self, worker: _Worker) -> None:
-        self._ready.discard(worker)
-        if worker in self._idle:
-            self._idle.remove(worker)
-
-    def _on_message(self, worker: _Worker, kind: bytes, body: bytes) -> None:
-        job, worker.job = worker.job, None
-        self._ready.add(worker)
-        self._idle.append(worker)
-        self._dispatch()  # first: the worker shall not wait for us to unpickle
-        if job is not None:
-            _settle(job, kind, body)
-
-    def _on_exit(self, worker: _Worker, exitcode: int | None) -> None:
-        job = worker.job
-        if job is None or job.future.done():
-            return
-        if job.deliveries < self._max_deliveries:
-            self._redelivered += 1
-            self._waiting.appendleft(job)
+            again = self._open or bool(self._waiting) or worker.job is not None
+            self._recycled += again and worker.dismissed
+            self._restarts += again and not worker.dismissed
+            events = self._on_exit(worker, exitcode)
+            if not worker.dismissed and not worker.killed:
+                events.insert(0, ("worker_crashed", {"exitcode": exitcode}))
             self._dispatch()
+            if self.on_event is not None:
+                for kind, data in events:
+                    notify(self.on_event, f"process_pool.{kind}", **data)
+
+    def _on_message(self, worker: _Worker, kind: bytes, body: bytes | bytearray) -> None:
+        job = worker.job
+        if kind == FAILED:
+            worker.failure = _restore(body)
+            return
+        if job is None:  # it is ready
+            self._ready.add(worker)
+            self._free(worker)
+            return
+        if kind == UNREAD and job.kwargs is None and not job.apart:
+            self._delivered -= len(job.items)
+            job.pack(apart=True)  # now each item fails by itself
+            self._waiting.appendleft(job)
+            self._free(worker)
+            return
+        answers = pickle.loads(body) if kind == MANY else [body]  # noqa: S301 -- our own process
+        if complete := len(job.outcomes) + len(answers) == len(job.items):
+            if job.pace is not None:
+                job.pace.took(len(answers), time.monotonic() - worker.given_at)
+            self._free(worker)  # first: the worker shall not wait for us to unpickle
         else:
-            self._poisoned += 1
-            end = _tell_end(exitcode)
-            message = f"a worker process {end} while it ran {job.name} for {reprlib.repr(job.item)}"
-            job.future.set_exception(WorkerCrashed(message, exitcode=exitcode, item=job.item))
+            worker.given_at = time.monotonic()  # of the next item of the batch
+        job.read(kind, answers)
+        if complete and not job.future.done():
+            job.future.set_result(job.outcomes)
 
-    def _on_failed_start(self, exitcode: int | None, cause: Exception | None) -> bool:
-        """Fail an item if no worker is left that could handle it; tell whether more wait."""
-        if self._waiting and not self._ready:
-            job = self._waiting.popleft()
-            end = "could not be started" if cause else f"{_tell_end(exitcode)} while it started"
-            message = (
-                f"a worker process {end}, before it ran {job.name}; its standard error may tell "
-                'why (a script that makes a pool needs `if __name__ == "__main__":`)'
-            )
-            error = WorkerCrashed(message, exitcode=exitcode, item=job.item)
-            error.__cause__ = cause
-            job.future.set_exception(error)
-        return bool(self._waiting) and not self._ready
+    def _free(self, worker: _Worker) -> None:
+        worker.take()
+        if self._max_tasks is not None and worker.handled >= self._max_tasks:
+            worker.dismiss()
+        else:
+            self._idle.append(worker)
+            self._dispatch()
 
-    async def _drain(self) -> None:
-        if self._unsettled:
-            await asyncio.wait(set(self._unsettled))
-        for worker in list(self._ready):
+    def _on_exit(self, worker: _Worker, exitcode: int | None) -> list[tuple[str, dict[str, Any]]]:
+        """Find out which item died with its worker; hand out again those that it had not begun."""
+        job = worker.job
+        worker.take()
+        if job is None or job.future.done():
+            return []
+        events = []
+        results, begun = worker.testament(job)
+        job.read(MANY, results)
+        if len(job.outcomes) > worker.base:
+            job.losses = 0
+        self._delivered -= len(job.items) - len(job.outcomes) - begun
+        if begun:
+            item = job.items[len(job.outcomes)]
+            job.losses += 1
+            what = f"{job.name} for {reprlib.repr(item)}"
+            if worker.overdue:
+                self._timed_out += 1
+                message = f"{what} took longer than {job.limit:g} s, and its worker was killed"
+                job.give_up(DeadlineExceeded(message, seconds=job.limit))
+            elif job.losses < self._max_deliveries:
+                self._redelivered += 1
+                events.append(("redelivered", {"item": item}))
+            else:
+                self._poisoned += 1
+                events.append(("gave_up", {"item": item, "deliveries": job.losses}))
+                message = f"a worker process {_tell_end(exitcode)} while it ran {what}"
+                job.give_up(WorkerCrashed(message, exitcode=exitcode, item=item))
+        if len(job.outcomes) < len(job.items):
+            job.pack(apart=True)  # who knows what kills when it is unpickled
+            self._waiting.appendleft(job)
+        else:
+            job.future.set_result(job.outcomes)
+        return events
+
+    def _fail_all(self, reason: str, cause: Exception | None, exitcode: int | None) -> None:
+        """Fail all items that wait: there is no worker, and none can be started."""
+        for job in self._waiting:
+            for item in job.items[len(job.outcomes) :]:
+                message = f"{reason}, before it ran {job.name}"
+                error = WorkerCrashed(message, exitcode=exitcode, item=item)
+                error.__cause__ = cause
+                job.give_up(error)
+            if not job.future.done():
+                job.future.set_result(job.outcomes)
+        self._waiting.clear()
+
+    async def _dismiss_all(self) -> None:
+        for worker in self._ready:
             worker.dismiss()
         for keeper in self._keepers - {worker.keeper for worker in self._ready}:
             keeper.cancel()  # its worker is still starting and has nothing to lose
         if self._keepers:
-            await asyncio.wait(set(self._keepers), timeout=EXIT_GRACE)
+            await asyncio.wait(set(self._keepers))
 
     def _refuse_what_is_left(self) -> None:
         self._waiting.clear()
         for future in list(self._unsettled):
             if not future.done():
-                future.set_exception(PoolClosed("the pool was left before this was done"))
+                future.set_exception(PoolClosed("the pool was closed before this was done"))
+
+
+class _Failure:
+    """An exception in the place of a result."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _Pace:
+    """How many items travel together: so many that their journey costs little beside their work."""
+
+    def __init__(self, size: int, *, fixed: bool) -> None:
+        self.size = size
+        self.fixed = fixed
+
+    def took(self, items: int, seconds: float) -> None:
+        if self.fixed or items != self.size:
+            return
+        if seconds < SHORT_BATCH:
+            self.size = min(2 * self.size, LARGEST_BATCH)
+        elif seconds > LONG_BATCH:
+            self.size = max(self.size // 2, 1)
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    future: asyncio.Future[Any]
-    request: bytes
-    name: str
-    item: object
+    """A batch of ``map``, or a call of ``submit``: with ``kwargs``, its one item the arguments."""
+
+    future: asyncio.Future[list[Any]]
+    fn: Callable[..., Any]
+    items: list[Any]
+    kwargs: dict[str, Any] | None
+    limit: float | None
+    pace: _Pace | None
+    request: bytes = b""
+    apart: bool = False
+    outcomes: list[Any] = field(default_factory=list)
     worker: _Worker | None = None
-    deliveries: int = 0
+    losses: int = 0
+
+    @property
+    def name(self) -> str:
+        return getattr(self.fn, "__qualname__", repr(self.fn))
+
+    def pack(self, *, apart: bool = False) -> None:
+        """Pickle what is still to be done; ``apart``, so that each item can fail by itself."""
+        items = self.items[len(self.outcomes) :]
+        self.apart = apart and self.kwargs is None
+        try:
+            if self.apart:
+                items = [self._pack_item(item) for item in items]
+            self.request = _dump((self.fn, items, self.kwargs, self.apart))
+        except Exception as error:
+            if self.kwargs is None and not self.apart:
+                self.pack(apart=True)
+            else:
+                raise TypeError(self._refusal(error)) from error
+
+    def _pack_item(self, item: object) -> bytes | str:
+        try:
+            return _dump(item)
+        except Exception as error:  # noqa: BLE001 -- pickling runs any code
+            return self._refusal(error)
+
+    def _refusal(self, error: Exception) -> str:
+        return f"the call of {self.name} cannot be pickled for a worker process: {error}"
+
+    def read(self, kind: bytes, answers: list[Any]) -> None:
+        """Make outcomes of answers."""
+        if kind in {ERROR, UNREAD}:
+            self.outcomes.append(_Failure(_restore(answers[0])))
+            return
+        try:
+            self.outcomes += list(map(pickle.loads, answers))
+        except Exception:  # noqa: BLE001 -- unpickling runs any code
+            self.outcomes += [self._read_one(answer) for answer in answers]
+
+    def _read_one(self, answer: bytes) -> Any:
+        try:
+            return pickle.loads(answer)  # noqa: S301 -- comes from our own process
+        except Exception as error:  # noqa: BLE001 -- unpickling runs any code
+            message = f"the result of {self.name} cannot be unpickled: {_summary(error)}"
+            text = "".join(traceback.format_exception(error))
+            return _Failure(RemoteError(message, traceback=text))
+
+    def give_up(self, error: Exception) -> None:
+        """Let the first item without an outcome fail."""
+        self.outcomes.append(_Failure(error))
+        self.losses = 0
 
 
 # A message in either direction: its kind, the length of its body, its body.
 HEADER = struct.Struct("!cQ")
-READY, CALL, RESULT, ERROR = b"r", b"c", b"=", b"!"
+READY, FAILED, CALL, UNREAD, RESULT, ERROR, MANY = b"r", b"f", b"c", b"u", b"=", b"!", b"*"
+
+# The journal is memory that the worker writes and that outlives it: when the item was begun,
+# its number (0: the worker still reads the batch), how many results before it were not sent yet;
+# then these, each behind its length.
+STATE = struct.Struct("=dII")
+JOURNAL_SIZE = 2**18
+LARGE = 2**14  # bytes from which a result is sent by itself
+FLUSH = 0.05  # seconds for which a finished item of a batch may wait to be sent
 
 
 def _frame(kind: bytes, body: bytes = b"") -> bytes:
     return HEADER.pack(kind, len(body)) + body
 
 
-class _Worker(asyncio.Protocol):
+class _Worker(asyncio.BufferedProtocol):
     """The parent's end of one worker process: its pipe, its life, the job it has.
 
     The pipe is a pair of sockets, as these are what every event loop can read and write without
     blocking: a message of any size neither stops the loop nor waits for the other side.
     """
 
-    def __init__(self, on_message: Callable[[_Worker, bytes, bytes], None]) -> None:
+    def __init__(self, on_message: Callable[[_Worker, bytes, bytes | bytearray], None]) -> None:
         self.job: _Job | None = None
+        self.base = self.handled = 0  # the outcomes that the job had before; items in all
+        self.given_at = 0.0
+        self.overdue = self.killed = self.dismissed = False
+        self.failure: Exception | None = None
         self.keeper: Any = asyncio.current_task()
         self._on_message = on_message
-        self._buffer = bytearray()
+        self._scratch = memoryview(bytearray(2**16))
+        self._filled = 0
+        self._kind = b""
+        self._body = bytearray()  # of a message that does not fit into the scratch
+        self._missing = memoryview(b"")
         self._gone = asyncio.get_running_loop().create_future()
         self._transport: Any = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._journal: mmap.mmap | None = None
 
-    async def live(self, context: Any) -> int | None:
+    async def live(self, context: Any, setup: tuple[Any, ...]) -> int | None:
         """Run the process until it ends; return its exit code."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 self._process = context.Process(
-                    target=_serve, args=(theirs,), name="process pool worker", daemon=True
+                    target=_serve, args=(theirs, *setup), name="process pool worker", daemon=True
                 )
                 self._process.start()
             try:
+                self._share_journal(ours)
                 await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
                 await self._gone
                 self._process.join(timeout=0.1)  # its pipe is closed: it is all but gone
             finally:
-                self.kill()
+                self._stop_timer()
+                self._kill()
                 self._process.join()
                 exitcode: int | None = self._process.exitcode
                 self._process.close()
         return exitcode
 
+    def _share_journal(self, pipe: socket.socket) -> None:
+        if not hasattr(os, "memfd_create"):  # Linux has it; elsewhere each answer is sent at once
+            pipe.send(b"-")
+            return
+        memory = os.memfd_create("journal of a process pool worker")
+        os.ftruncate(memory, JOURNAL_SIZE)
+        self._journal = mmap.mmap(memory, JOURNAL_SIZE)
+        socket.send_fds(pipe, [b"j"], [memory])
+        os.close(memory)
+
     def is_alive(self) -> bool:
-        return not self._gone.done() and self._process.is_alive()
+        # What it had not begun is told by the journal; without one the process is asked.
+        return not self._gone.done() and (self._journal is not None or self._process.is_alive())
 
     def give(self, job: _Job) -> None:
         self.job = job
         job.worker = self
-        job.deliveries += 1
+        self.base = len(job.outcomes)
+        self.handled += len(job.items) - self.base
+        self.given_at = time.monotonic()
+        if self._journal is not None:
+            STATE.pack_into(self._journal, 0, 0, 0, 0)
+        if job.limit is not None:
+            self._call_later(job.limit, self._check_limit)
         self._transport.write(_frame(CALL, job.request))
+
+    def take(self) -> None:
+        self.job = None
+        self._stop_timer()
+
+    def testament(self, job: _Job) -> tuple[list[bytes], bool]:
+        """Return the results it could not send any more, and whether it had begun another item."""
+        if self._journal is None:
+            return [], True
+        since, begun, kept = STATE.unpack_from(self._journal)
+        sent = len(job.outcomes) - self.base
+        self._journal.seek(STATE.size)
+        results = []
+        for number in range(begun - kept, begun):
+            result = self._journal.read(int.from_bytes(self._journal.read(4)))
+            if number > sent:
+                results.append(result)
+        if since > 0 and begun == 0:  # it died while it read the batch: by which item?
+            return [], job.apart or len(job.items) == 1
+        return results, begun > sent + len(results)
 
     def dismiss(self) -> None:
         """Let the process end by itself: nothing more will come through its pipe."""
         if self._transport is not None and not self._transport.is_closing():
+            self.dismissed = True
             self._transport.write_eof()
+            self._call_later(EXIT_GRACE, self.kill)
 
     def kill(self) -> None:
+        self.killed = True
+        self._kill()
+
+    def _kill(self) -> None:
         self._process.kill()
         if self._transport is not None:
             self._transport.abort()
 
+    def _check_limit(self) -> None:
+        if self.job is None or self.job.limit is None:
+            return
+        since = 0.0 if self._journal is None else STATE.unpack_from(self._journal)[0]
+        left = self.job.limit - (time.monotonic() - max(since, self.given_at))
+        if left > 0:
+            self._call_later(left, self._check_limit)
+        else:
+            self.overdue = self.killed = True
+            self._process.kill()  # what it has sent before is still read
+
+    def _call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, callback)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
 
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        while len(self._buffer) >= HEADER.size:
-            kind, size = HEADER.unpack_from(self._buffer)
+    def get_buffer(self, _: int) -> memoryview:
+        return self._missing or self._scratch[self._filled :]
+
+    def buffer_updated(self, count: int) -> None:
+        if self._missing:
+            self._missing = self._missing[count:]
+            if not self._missing:
+                self._on_message(self, self._kind, self._body)
+            return
+        self._filled += count
+        while self._filled >= HEADER.size:
+            self._kind, size = HEADER.unpack_from(self._scratch)
             end = HEADER.size + size
-            if len(self._buffer) < end:
+            if end > len(self._scratch):  # the rest is received in its place, not copied there
+                start = self._scratch[HEADER.size : self._filled]
+                self._body = bytearray(size)
+                self._body[: len(start)] = start
+                self._missing = memoryview(self._body)[len(start) :]
+                self._filled = 0
+            if end > self._filled:
                 return
-            with memoryview(self._buffer) as view:  # a slice of the array would be a second copy
-                body = bytes(view[HEADER.size : end])
-            del self._buffer[:end]
-            self._on_message(self, kind, body)
+            body = bytes(self._scratch[HEADER.size : end])
+            rest = bytes(self._scratch[end : self._filled])
+            self._scratch[: len(rest)] = rest
+            self._filled = len(rest)
+            self._on_message(self, self._kind, body)
 
     def connection_lost(self, _: Exception | None) -> None:
         if not self._gone.done():
             self._gone.set_result(None)
 
 
-def _settle(job: _Job, kind: bytes, body: bytes) -> None:
-    """Give the answer of the worker to the one who waits for it."""
-    if job.future.done():
-        return
-    if kind == ERROR:
-        job.future.set_exception(_restore(body))
-        return
-    try:
-        job.future.set_result(pickle.loads(body))  # noqa: S301 -- comes from our own process
-    except Exception as error:  # noqa: BLE001 -- unpickling runs any code
-        message = f"the result of {job.name} cannot be unpickled: {_summary(error)}"
-        text = "".join(traceback.format_exception(error))
-        job.future.set_exception(RemoteError(message, traceback=text))
+def _dump(value: object) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
 
 
-def _restore(body: bytes) -> Exception:
+def _restore(body: bytes | bytearray) -> Exception:
     summary, text, pickled = pickle.loads(body)  # noqa: S301 -- comes from our own process
     error: Exception = RemoteError(summary, traceback=text)
     with suppress(Exception):  # unpickling runs any code
         original = pickle.loads(pickled)  # noqa: S301
-        # A future refuses StopIteration; KeyboardInterrupt and the like would end the parent.
+        # A coroutine cannot raise StopIteration; KeyboardInterrupt would end the parent.
         if isinstance(original, Exception) and not isinstance(original, StopIteration):
             error = original
     error.add_note(f"raised in a worker process:\n{text}")
     return error
+
+
+def _check_function(name: str, value: object) -> None:
+    if not callable(value) or inspect.iscoroutinefunction(value):
+        raise TypeError(f"{name} must be a plain function, got {value!r}")
 
 
 def _tell_end(exitcode: int | None) -> str:
@@ -517,63 +831,265 @@ def _tell_end(exitcode: int | None) -> str:
         return f"was killed by signal {-exitcode}"
 
 
-async def _each(source: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
-    if not isinstance(source, AsyncIterable):
-        for item in source:
-            yield item
-        return
-    closing: AbstractAsyncContextManager[Any] = (
-        aclosing(source) if hasattr(source, "aclose") else nullcontext()
+def _tell_start(failure: Exception | None, cause: Exception | None, exitcode: int | None) -> str:
+    if failure is not None:
+        return f"the initializer of a worker process failed: {_summary(failure)}"
+    end = "could not be started" if cause else f"{_tell_end(exitcode)} while it started"
+    return (
+        f"a worker process {end} (its standard error may tell why; a script that makes a pool "
+        'needs `if __name__ == "__main__":`)'
     )
-    async with closing:
-        async for item in source:
-            yield item
+
+
+async def _batches(
+    source: Iterable[T] | AsyncIterable[T], pace: _Pace
+) -> AsyncGenerator[list[T], None]:
+    """Read a source in batches; if it fails, what it gave before comes first."""
+    batch: list[T] = []
+    failure = None
+    if isinstance(source, AsyncIterable):
+        closing: AbstractAsyncContextManager[Any] = (
+            aclosing(source) if hasattr(source, "aclose") else nullcontext()
+        )
+        size = pace.size if pace.fixed else 1
+        async with closing:
+            try:
+                async for item in source:
+                    batch.append(item)
+                    if len(batch) == size:
+                        yield batch
+                        batch = []
+            except Exception as error:  # noqa: BLE001 -- raised below
+                failure = error
+            if batch:
+                yield batch
+    else:
+        iterator = iter(source)
+        while failure is None:
+            batch = []
+            try:
+                batch.extend(islice(iterator, pace.size))  # keeps what came before an error
+            except Exception as error:  # noqa: BLE001 -- raised below
+                failure = error
+            if batch:
+                yield batch
+            elif failure is None:
+                return
+    if failure is not None:
+        raise failure
+
+
+class ProcessExecutor(concurrent.futures.Executor):
+    """A :class:`ProcessPool` for code without an event loop.
+
+    It is an executor as in :pep:`3148`, so it can stand where a ``ProcessPoolExecutor`` stood:
+    ``submit``, ``map``, ``with``, ``shutdown``, ``as_completed``. But a dead worker costs one
+    item, and cancelling a future that runs kills its worker. As for every executor, ``map`` reads
+    its whole source at once; :meth:`ProcessPool.map` does not.
+
+    Args:
+        workers: How many processes to keep at most.
+        **options: The other arguments of :class:`ProcessPool`.
+
+    Attributes:
+        pool: The pool, for its ``statistics()`` and ``on_event``; its listeners are called in the
+            executor's own thread.
+    """
+
+    def __init__(self, workers: int, **options: Any) -> None:
+        self.pool = ProcessPool(workers, **options)
+        self._closed = False
+        started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._run(started)), name="process executor", daemon=True
+        )
+        self._thread.start()
+        self._loop = started.result()
+        atexit.register(self.shutdown)
+
+    async def _run(self, started: concurrent.futures.Future[asyncio.AbstractEventLoop]) -> None:
+        self._end = asyncio.Event()
+        async with self.pool:
+            started.set_result(asyncio.get_running_loop())
+            await self._end.wait()
+
+    def submit(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]:
+        """Call a function in a worker process; return the future of its result."""
+        if self._closed:
+            raise RuntimeError("cannot submit after shutdown")
+        return asyncio.run_coroutine_threadsafe(self.pool.submit(fn, *args, **kwargs), self._loop)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, finish those that were submitted, and end the workers.
+
+        Args:
+            wait: Whether to wait until that is done.
+            cancel_futures: Whether to cancel the calls that no worker has begun.
+        """
+        atexit.unregister(self.shutdown)
+        if not self._closed:
+            self._closed = True
+            asyncio.run_coroutine_threadsafe(self._stop(cancel_futures), self._loop)
+        if wait:
+            self._thread.join()
+
+    async def _stop(self, cancel: bool) -> None:
+        for job in list(self.pool._waiting) if cancel else ():
+            job.future.cancel()
+        self._end.set()
 
 
 # What follows runs in the worker process.
 
 
-def _serve(pipe: socket.socket) -> None:
-    """Answer one call after the other until the parent closes the pipe, or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-    pipe.set_inheritable(False)  # a program that outlives this worker must not hold its pipe open
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=pipe.close)
+def _serve(pipe: socket.socket, initializer: Callable[..., object] | None, args: Any) -> None:
+    server = _Server(pipe)
     with suppress(EOFError, ConnectionError):
-        pipe.sendall(_frame(READY))
+        if initializer is not None:
+            try:
+                initializer(*args)
+            except BaseException as error:  # noqa: BLE001 -- SystemExit too is a failure
+                server.send(FAILED, _describe(error))
+                return
+        server.send(READY)
         while True:
-            _, size = HEADER.unpack(_receive(pipe, HEADER.size))
-            kind, body = _answer(_receive(pipe, size))
-            pipe.sendall(_frame(kind, body))
+            server.answer_one()
 
 
-def _receive(pipe: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    rest = memoryview(data)
-    while rest:
-        count = pipe.recv_into(rest)
-        if count == 0:
+class _Server:
+    """Answers one call after the other until the parent closes the pipe, or is gone."""
+
+    def __init__(self, pipe: socket.socket) -> None:
+        self._pipe = pipe
+        self._journal = _receive_journal(pipe)
+        self._reader = pipe.makefile("rb", 2**16)
+        self._busy = self._ending = False
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        with suppress(Exception):  # a worker that is killed shall not take its output along
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        pipe.set_inheritable(False)  # a program that outlives this worker must not hold it open
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._close)
+
+    def answer_one(self) -> None:
+        self._busy = False
+        if self._ending:
+            raise SystemExit(128 + signal.SIGTERM)
+        _, size = HEADER.unpack(self._receive(HEADER.size))
+        request = self._receive(size)
+        self._busy = True
+        self._rewind()
+        self._begin(0, 0)
+        try:
+            call = pickle.loads(request)  # noqa: S301 -- comes from our own process
+        except BaseException as error:  # noqa: BLE001 -- unpickling runs any code
+            self.send(UNREAD, _describe(error, UNREADABLE))
+        else:
+            del request
+            self._handle(*call)
+
+    def _handle(
+        self, fn: Callable[..., Any], items: list[Any], kwargs: dict[str, Any] | None, apart: bool
+    ) -> None:
+        kept: list[bytes] = []
+        sent_at = time.monotonic()
+        for number, item in enumerate(items, 1):
+            begun_at = self._begin(number, len(kept))
+            kind, body = _answer(fn, item, kwargs, apart)
+            small = kind == RESULT and len(body) < LARGE
+            more = number < len(items) and begun_at - sent_at < FLUSH and not self._ending
+            if more and small and self._keep(body):
+                kept.append(body)
+                continue
+            if kept and small:
+                kind, body = MANY, _dump([*kept, body])
+            elif kept:
+                self.send(MANY, _dump(kept))
+            self.send(kind, body)
+            if self._ending:
+                return
+            kept.clear()
+            self._rewind()
+            sent_at = begun_at
+
+    def send(self, kind: bytes, body: bytes = b"") -> None:
+        self._pipe.sendall(_frame(kind, body))
+
+    def _receive(self, size: int) -> bytes:
+        data: bytes = self._reader.read(size)
+        if len(data) < size:
             raise EOFError
-        rest = rest[count:]
-    return data
+        return data
+
+    def _begin(self, number: int, kept: int) -> float:
+        now = time.monotonic()
+        if self._journal is not None:
+            STATE.pack_into(self._journal, 0, now, number, kept)
+        return now
+
+    def _keep(self, body: bytes) -> bool:
+        try:
+            return bool(self._journal and self._journal.write(len(body).to_bytes(4) + body))
+        except ValueError:  # it is full
+            return False
+
+    def _rewind(self) -> None:
+        if self._journal is not None:
+            self._journal.seek(STATE.size)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._ending = True  # after this item
+        if not self._busy:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _close(self) -> None:
+        self._reader.close()
+        self._pipe.close()
 
 
-def _answer(request: bytearray) -> tuple[bytes, bytes]:
-    what = "the call cannot be unpickled"
+def _receive_journal(pipe: socket.socket) -> mmap.mmap | None:
+    if not hasattr(socket, "recv_fds"):
+        pipe.recv(1)
+        return None
+    _, memories, *_ = socket.recv_fds(pipe, 1, 1)
+    for memory in memories:
+        journal = mmap.mmap(memory, JOURNAL_SIZE)
+        os.close(memory)
+        return journal
+    return None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+UNREADABLE = "the call cannot be unpickled"
+
+
+def _answer(fn: Callable[..., Any], item: Any, kwargs: Any, apart: bool) -> tuple[bytes, bytes]:
+    what = ""
     try:
-        fn, args, kwargs = pickle.loads(request)  # noqa: S301 -- comes from our own process
-        what = ""
-        result = fn(*args, **kwargs)
+        if apart:
+            if isinstance(item, str):
+                raise TypeError(item)  # noqa: TRY301 -- the parent could not pickle it
+            what = UNREADABLE
+            item = pickle.loads(item)  # noqa: S301 -- comes from our own process
+            what = ""
+        result = fn(item) if kwargs is None else fn(*item, **kwargs)
         what = f"the result of {getattr(fn, '__qualname__', fn)} cannot be pickled"
-        return RESULT, pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+        return RESULT, _dump(result)
     except BaseException as error:  # noqa: BLE001 -- SystemExit too is the answer of this one call
         return ERROR, _describe(error, what)
-    finally:
-        with suppress(Exception):
-            sys.stdout.flush()  # a worker that is killed later shall not take it along
 
 
-def _describe(error: BaseException, what: str) -> bytes:
+def _describe(error: BaseException, what: str = "") -> bytes:
     """Describe an exception in a form that always arrives."""
     if error.__traceback__ is not None:
         error.__traceback__ = error.__traceback__.tb_next  # without our own frame
@@ -581,7 +1097,7 @@ def _describe(error: BaseException, what: str) -> bytes:
     if what:
         error = RemoteError(f"{what}: {_summary(error)}", traceback=text)
     try:
-        pickled = pickle.dumps(error, pickle.HIGHEST_PROTOCOL)
+        pickled = _dump(error)
     except Exception:  # noqa: BLE001 -- pickling runs any code
         pickled = b""
     return pickle.dumps((_summary(error), text, pickled))
