@@ -61,6 +61,7 @@ def deadline(seconds: float) -> FailScope:
     The model is the cancel scope of Trio (N. J. Smith, "Timeouts and cancellation for humans",
     2018); that a deadline travels with the call is gRPC's deadline propagation.
     """
+    check_seconds("seconds", seconds)
     return FailScope(seconds)
 
 
@@ -79,6 +80,7 @@ def move_on_after(seconds: float) -> MoveOnScope:
     Raises:
         ValueError: If ``seconds`` is negative or not finite.
     """
+    check_seconds("seconds", seconds)
     return MoveOnScope(seconds)
 
 
@@ -101,15 +103,28 @@ class Scope:
         expired: Whether the block was cut short because its time was over.
     """
 
-    __slots__ = ("_loop", "_open", "_outer", "_timeout", "_when", "expired", "seconds")
+    # It has a timer of its own, and not an asyncio.timeout inside, since most calls end in time
+    # and pay for nothing but the scope. How it asks the task to end and takes its request back is
+    # that of asyncio.timeout.
+    __slots__ = (
+        "_cancelling",
+        "_loop",
+        "_open",
+        "_outer",
+        "_task",
+        "_timer",
+        "_when",
+        "expired",
+        "seconds",
+    )
 
     def __init__(self, seconds: float) -> None:
-        check_seconds("seconds", seconds)
         self.seconds = seconds
         self.expired = False
         self._open = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outer: Scope | None = None
+        self._task: asyncio.Task[Any] | None = None
 
     def remaining(self) -> float:
         """Return the seconds that are left for this block, at least 0."""
@@ -118,33 +133,55 @@ class Scope:
         return max(0.0, self._when - self._loop.time())
 
     async def __aenter__(self) -> Self:
-        self._begin(_nearest())
-        self._timeout = asyncio.timeout_at(self._when)
-        await self._timeout.__aenter__()
+        self._enter()
         return self
 
-    def _begin(self, outer: Scope | None) -> None:
+    def _enter(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("there is no task here that a deadline could cut short")
+        loop, now = self._begin(_nearest())
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._timer: asyncio.Handle | None
+        if self._when > now:
+            self._timer = loop.call_at(self._when, self._time_is_over)
+        else:  # a timer would ring one turn of the loop too late
+            self._timer = loop.call_soon(self._time_is_over)
+
+    def _begin(self, outer: Scope | None) -> tuple[asyncio.AbstractEventLoop, float]:
         """Start the clock, and let everything inside see it."""
         if self._loop is not None:
             raise RuntimeError("a scope serves one `async with`; make a new one for each")
-        self._loop = asyncio.get_running_loop()
-        self._when = self._loop.time() + self.seconds
-        if outer is not None and outer._loop is self._loop:
+        self._loop = loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._when = now + self.seconds
+        if outer is not None and outer._loop is loop:
             self._when = min(self._when, outer._when)
         elif outer is not None:  # another loop, in a thread: its clock may be another one too
-            self._when = self._loop.time() + min(self.seconds, outer.remaining())
+            self._when = now + min(self.seconds, outer.remaining())
         self._outer = outer
         self._open = True
         _current.set(self)
+        return loop, now
 
-    async def _cut_short(self, *raised: Any) -> bool:
+    def _time_is_over(self) -> None:
+        self._timer = None
+        if self._task is not None:
+            self._task.cancel()
+
+    def _leave(self, error: BaseException | None) -> bool:
         """End the block; return whether our own timer has cut it short."""
         self._open = False
         _current.set(self._outer)
-        try:
-            await self._timeout.__aexit__(*raised)
-        except TimeoutError:
-            self.expired = True
+        task, self._task = self._task, None  # a scope may outlive its task in those inside
+        if self._timer is not None:
+            self._timer.cancel()
+        elif task is not None:
+            # The count says whether the cancellation that comes here is ours alone. If somebody
+            # else has asked for one too, it is theirs, and goes on.
+            others = task.uncancel() > self._cancelling
+            self.expired = not others and isinstance(error, asyncio.CancelledError)
         return self.expired
 
 
@@ -168,9 +205,11 @@ class FailScope(Scope):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if await self._cut_short(kind, error, traceback):
-            message = f"not done within {self._told:g} s"
-            raise DeadlineExceeded(message, seconds=self._told) from error
+        if self._leave(error):
+            raise self._exceeded() from error
+
+    def _exceeded(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"not done within {self._told:g} s", seconds=self._told)
 
 
 class MoveOnScope(Scope):
@@ -184,7 +223,7 @@ class MoveOnScope(Scope):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        return await self._cut_short(kind, error, traceback)
+        return self._leave(error)
 
 
 _current: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("deadline", default=None)
@@ -248,13 +287,17 @@ class Timeout:
         """
         self._calls += 1
         scope = FailScope(self.seconds)
+        scope._enter()  # not `async with`, which would make and await two coroutines more
         try:
-            async with scope:
-                return await fn(*args, **kwargs)
-        finally:
-            if scope.expired:
-                self._timed_out += 1
-                notify(self.on_event, "timeout.timed_out", seconds=self.seconds)
+            result = await fn(*args, **kwargs)
+        except BaseException as error:
+            if not scope._leave(error):
+                raise
+            self._timed_out += 1
+            notify(self.on_event, "timeout.timed_out", seconds=self.seconds)
+            raise scope._exceeded() from error
+        scope._leave(None)
+        return result
 
     def __call__(
         self, fn: Callable[P, Coroutine[Any, Any, T]]
