@@ -171,11 +171,15 @@ class TokenBucket:
             self._bind()
         if n != 1:
             self._check(n)
-        line = self._line
-        if line.waiters or not self._level.take(n, loop.time()):
+        line, level, now = self._line, self._level, loop.time()
+        if level.full_at <= now and not line.waiters:  # as in acquire()
+            level.since = now
+            level.taken = n
+            level.full_at = now + n * level.interval
+        elif line.waiters or not level.take(n, now):
             line.rejected += 1
             if self.on_event is not None:
-                seconds = line.time_until(n, loop.time())
+                seconds = line.time_until(n, now)
                 notify(self.on_event, "token_bucket.rejected", retry_after=seconds, n=n)
             return False
         line.granted += 1
