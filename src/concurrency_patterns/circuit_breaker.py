@@ -530,7 +530,7 @@ class Circuit:
             return
         if state is CircuitState.OPEN:
             self.opened += 1
-            seconds = None if self.isolated else self.until - now
+            seconds = None if self.isolated else self._open_seconds
             data = {"reason": event.value, "failures": failures, "seconds": seconds}
             self.happened.append(("circuit_breaker.opened", data))
         elif state is CircuitState.HALF_OPEN:
@@ -556,7 +556,8 @@ class Circuit:
                 self.everyone = Permit(self.era)
                 self.everyone.steady = self.tally.steady
         elif state is CircuitState.OPEN:
-            self.until = now + self._open_time()
+            self._open_seconds = self._open_time()
+            self.until = now + self._open_seconds
 
     def _open_time(self) -> float:
         times, number = self.open_times, self._times_open
