@@ -23,6 +23,7 @@ PATTERN_PAGES = [
     "timeout-cancellation",
     "circuit-breaker",
     "best-practices",
+    "observability",
     "from-the-chapter",
 ]
 

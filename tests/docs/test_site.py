@@ -40,7 +40,7 @@ SEARCHES = {
         "工作池": "worker-pool",
         "背压": "producer-consumer",
         "截止时间": "timeout-cancellation",
-        "可观测性": "best-practices",
+        "可观测性": "observability",
     },
     "en": {
         "token bucket": "rate-limiting",
