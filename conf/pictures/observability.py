@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+LEAST = 0.01  # seconds that can be seen
+ROOM = 0.5  # seconds in which there is room for a word
+
+
 async def calls() -> list[tuple[float, float, float]]:
     """Return of each call when it came, when it began to work, and when it ended."""
     events: list[Event] = []
@@ -43,8 +47,9 @@ def draw(text: Callable[[str, str], str]) -> str:
     rows = {}
     wait, work = text("排队", "waits"), text("处理", "works")
     for number, (came, began, ended) in enumerate(sorted(run_virtual(calls())), start=1):
+        waited = began - came
         bars = [Bar(began, ended, work)]
-        if began - came > 0.01:
-            bars.insert(0, Bar(came, began, wait if began - came > 0.5 else "", "wait"))
+        if waited > LEAST:
+            bars.insert(0, Bar(came, began, wait if waited > ROOM else "", "wait"))
         rows[text(f"调用 {number}", f"call {number}")] = bars
     return timeline(rows, x=text("时间（秒）", "time (s)"))
