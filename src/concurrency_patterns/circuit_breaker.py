@@ -101,6 +101,13 @@ TRANSITIONS: dict[tuple[CircuitState, CircuitEvent], CircuitState] = {
 }
 
 
+# What a refusal says; the usual one says for how long the circuit is still open.
+REFUSALS: dict[Enum, str] = {
+    CircuitEvent.ISOLATED: "the circuit is open until it is reset",
+    CircuitState.HALF_OPEN: "the circuit is half-open and all its probes are out",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class CircuitBreakerStatistics:
     """What a circuit breaker has seen so far.
@@ -361,30 +368,23 @@ class CircuitBreaker:
 
     def _enter(self) -> Permit:
         circuit, now = self._circuit, _now()
+        retry_after: float | None
         # While it is certainly open there is nothing to change, so a refusal needs no lock.
-        if circuit.since <= now < circuit.until - EARLY:
-            return self._refuse(circuit.until - now)
-        with self._lock:
-            permit = circuit.admit(now)
-            wait = circuit.retry_after(now)
-        self._report()
-        return permit or self._refuse(wait)
-
-    def _refuse(self, retry_after: float | None) -> Permit:
-        circuit = self._circuit
+        if circuit.since <= now < circuit.until - EARLY and not circuit.refusal:
+            retry_after = circuit.until - now
+        else:
+            with self._lock:
+                permit = circuit.admit(now)
+                retry_after = circuit.retry_after(now)
+            self._report()
+            if permit is not None:
+                return permit
         self._rejected += 1
-        if retry_after == math.inf:
-            retry_after = None
         if self.on_event is not None:
             notify(self.on_event, "circuit_breaker.rejected", retry_after=retry_after)
         if self.shadow and not circuit.isolated:
             return Permit()  # of no era: what it reports changes nothing
-        message = ""  # CircuitOpen has one for the usual case
-        if retry_after is None:
-            message = "the circuit is open until it is reset"
-        elif circuit.state is CircuitState.HALF_OPEN:
-            message = "the circuit is half-open and all its probes are out"
-        raise CircuitOpen(message, retry_after=retry_after) from circuit.last_failure
+        raise CircuitOpen(circuit.refusal, retry_after=retry_after) from circuit.last_failure
 
     def _leave(self) -> Permit:
         # The newest of our entries: blocks of one task end in the reverse order of their beginning.
@@ -514,6 +514,8 @@ class Circuit:
         #: The permit that all calls of a closed era share. ``None`` in the other states, and if
         #: the rule wants to know how long each call took.
         self.everyone: Permit | None = None
+        #: What is raised says this, or for how long the circuit is still open.
+        self.refusal = ""
         #: The kinds and data of the events that nobody has been told of.
         self.happened: deque[tuple[str, dict[str, Any]]] = deque()
         self._past_successes = 0
@@ -525,7 +527,7 @@ class Circuit:
         failures = self.failed
         self._begin(state, now)
         if event is CircuitEvent.ISOLATED:
-            self.until = math.inf
+            self.until, self.refusal = math.inf, REFUSALS[event]
         if state is before:
             return
         if state is CircuitState.OPEN:
@@ -546,6 +548,7 @@ class Circuit:
         self.state = state
         self.era += 1
         self.since = self.until = now
+        self.refusal = REFUSALS.get(state, "")
         self.tally = self.trip.tally()
         self.succeeded = self.failed = self._settled = 0
         self._out = set()
