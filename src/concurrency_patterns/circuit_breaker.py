@@ -694,22 +694,22 @@ class TripRule(Protocol):
 
 
 class Tally(Protocol):
-    """What a :class:`TripRule` counts in one era.
-
-    Attributes:
-        steady: Whether no success can open the circuit now and it does not matter when exactly one
-            came. Then they are not recorded but handed to :meth:`settle` before the next failure.
-        timed: Whether it wants to know how long each call took; never changes.
-    """
+    """What a :class:`TripRule` counts in one era."""
 
     @property
-    def steady(self) -> bool: ...  # noqa: D102 -- above
+    def steady(self) -> bool:
+        """Whether no success can open the circuit now, and it does not matter when one came.
+
+        Then successes are not recorded one by one, but handed to :meth:`settle` before the next
+        failure.
+        """
 
     @property
-    def timed(self) -> bool: ...  # noqa: D102 -- above
+    def timed(self) -> bool:
+        """Whether it wants to know how long each call took; this never changes."""
 
     def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
-        """Count one call that took so long, and tell whether the circuit must open."""
+        """Count one call that took so many seconds, and tell whether the circuit must open."""
 
     def settle(self, successes: int) -> None:
         """Count successes that came while the tally was steady."""
@@ -993,11 +993,11 @@ class CircuitBreakersStatistics:
 class CircuitBreakers(Generic[K]):
     """Have one circuit breaker for each host, tenant or shard, without keeping them for ever.
 
-    With one breaker for all hosts, one that is down closes the way to the others. A breaker for
-    each key is made when it is first asked for. When there are too many, the one that was used
-    the longest ago goes; a closed one first, since it forgets no more than a few failures. If all
-    are open, the oldest of those goes, which is logged and counted. One that nobody has used for
-    ``idle`` seconds goes, too, but not while it is open.
+    With one breaker for all hosts, one that is down closes the way to the others. Here
+    ``breakers[key]`` makes one when it is first asked for. When there are too many, the one that
+    was used the longest ago goes; a closed one first, since it forgets no more than a few failures.
+    If all are open, the oldest of those goes, which is logged and counted. One that nobody has used
+    for ``idle`` seconds goes, too, but not while it is open.
 
     Calls under way keep the breaker that let them through. It may be shared by threads.
 
