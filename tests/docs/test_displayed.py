@@ -22,6 +22,8 @@ PATTERN_PAGES = [
     "retry",
     "timeout-cancellation",
     "circuit-breaker",
+    "fallback",
+    "composition",
     "best-practices",
     "observability",
     "from-the-chapter",

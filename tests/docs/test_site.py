@@ -34,7 +34,7 @@ SEARCHES = {
         "令牌桶": "rate-limiting",
         "快速失败": "best-practices",
         "指数退避": "retry",
-        "优雅降级": "best-practices",
+        "优雅降级": "fallback",
         "熔断器": "circuit-breaker",
         "生产者": "producer-consumer",
         "工作池": "worker-pool",
