@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import inspect
+import math
 import mmap
 import multiprocessing
 import os
@@ -51,6 +52,7 @@ R = TypeVar("R")
 
 EXIT_GRACE = 5.0  # seconds for a worker without work to run its exit handlers; then it is killed
 SHORT_BATCH, LONG_BATCH, LARGEST_BATCH = 0.001, 0.004, 1000  # seconds, seconds, items
+QUICK_BATCH = 0.02  # seconds; another batch may wait in the pipe behind one that is so short
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +383,7 @@ class ProcessPool:
             return
         if job in self._waiting:
             self._waiting.remove(job)
-        elif job.worker is not None and job.worker.job is job:
+        elif job.worker is not None and job in (job.worker.job, job.worker.ahead):
             job.worker.kill()
 
     def _dispatch(self) -> None:
@@ -391,9 +393,27 @@ class ProcessPool:
                 continue
             worker = self._idle.popleft()
             if worker.is_alive():  # else it died without work; its keeper replaces it
-                job = self._waiting.popleft()
-                worker.give(job)
-                self._delivered += len(job.items) - len(job.outcomes)
+                self._give(worker)
+        if self._waiting and self._waiting[0].quick():
+            for worker in self._ready:
+                if self._waiting and self._may_have_another(worker, self._waiting[0]):
+                    self._give(worker)
+
+    def _give(self, worker: _Worker) -> None:
+        job = self._waiting.popleft()
+        worker.give(job)
+        self._delivered += len(job.items) - len(job.outcomes)
+
+    def _may_have_another(self, worker: _Worker, job: _Job) -> bool:
+        """Tell whether the worker may get a second quick batch, so that it need not wait for us."""
+        return (
+            worker.job is not None
+            and worker.job.pace is job.pace
+            and worker.ahead is None
+            and not job.future.done()
+            and not job.outcomes
+            and (self._max_tasks is None or worker.handled < self._max_tasks)
+        )
 
     def _hire(self) -> None:
         """Start a worker for each item that waits, as far as none is starting for it."""
@@ -462,7 +482,9 @@ class ProcessPool:
 
     def _free(self, worker: _Worker) -> None:
         worker.take()
-        if self._max_tasks is not None and worker.handled >= self._max_tasks:
+        if worker.job is not None:
+            self._dispatch()
+        elif self._max_tasks is not None and worker.handled >= self._max_tasks:
             worker.dismiss()
         else:
             self._idle.append(worker)
@@ -471,10 +493,14 @@ class ProcessPool:
     def _on_exit(self, worker: _Worker, exitcode: int | None) -> list[tuple[str, dict[str, Any]]]:
         """Find out which item died with its worker; hand out again those that it had not begun."""
         job = worker.job
+        events: list[tuple[str, dict[str, Any]]] = []
+        if worker.ahead is not None and not worker.ahead.future.done():
+            self._delivered -= len(worker.ahead.items)
+            self._waiting.appendleft(worker.ahead)
+        worker.ahead = None
         worker.take()
         if job is None or job.future.done():
-            return []
-        events = []
+            return events
         results, begun = worker.testament(job)
         job.read(MANY, results)
         if len(job.outcomes) > worker.base:
@@ -543,8 +569,10 @@ class _Pace:
     def __init__(self, size: int, *, fixed: bool) -> None:
         self.size = size
         self.fixed = fixed
+        self.seconds = math.inf  # that the last batch took
 
     def took(self, items: int, seconds: float) -> None:
+        self.seconds = seconds
         if self.fixed or items != self.size:
             return
         if seconds < SHORT_BATCH:
@@ -572,6 +600,10 @@ class _Job:
     @property
     def name(self) -> str:
         return getattr(self.fn, "__qualname__", repr(self.fn))
+
+    def quick(self) -> bool:
+        """Tell whether it is a batch, of a kind that was short so far."""
+        return len(self.items) > 1 and self.pace is not None and self.pace.seconds < QUICK_BATCH
 
     def pack(self, *, apart: bool = False) -> None:
         """Pickle what is still to be done; ``apart``, so that each item can fail by itself."""
@@ -624,10 +656,10 @@ class _Job:
 HEADER = struct.Struct("!cQ")
 READY, FAILED, CALL, UNREAD, RESULT, ERROR, MANY = b"r", b"f", b"c", b"u", b"=", b"!", b"*"
 
-# The journal is memory that the worker writes and that outlives it: when the item was begun,
-# its number (0: the worker still reads the batch), how many results before it were not sent yet;
-# then these, each behind its length.
-STATE = struct.Struct("=dII")
+# The journal is memory that the worker writes and that outlives it: when the item was begun, in
+# which batch, its number there (0: the worker still reads the batch), how many results before it
+# were not sent yet; then these, each behind its length.
+STATE = struct.Struct("=dIII")
 JOURNAL_SIZE = 2**18
 LARGE = 2**14  # bytes from which a result is sent by itself
 FLUSH = 0.05  # seconds for which a finished item of a batch may wait to be sent
@@ -646,7 +678,10 @@ class _Worker(asyncio.BufferedProtocol):
 
     def __init__(self, on_message: Callable[[_Worker, bytes, bytes | bytearray], None]) -> None:
         self.job: _Job | None = None
-        self.base = self.handled = 0  # the outcomes that the job had before; items in all
+        self.ahead: _Job | None = None  # waits in the pipe
+        self.base = 0  # how many outcomes the job had before
+        self.handled = 0  # items in all
+        self._serial = 0  # of the job
         self.given_at = 0.0
         self.overdue = self.killed = self.dismissed = False
         self.failure: Exception | None = None
@@ -699,26 +734,37 @@ class _Worker(asyncio.BufferedProtocol):
         return not self._gone.done() and (self._journal is not None or self._process.is_alive())
 
     def give(self, job: _Job) -> None:
-        self.job = job
         job.worker = self
-        self.base = len(job.outcomes)
-        self.handled += len(job.items) - self.base
-        self.given_at = time.monotonic()
-        if self._journal is not None:
-            STATE.pack_into(self._journal, 0, 0, 0, 0)
-        if job.limit is not None:
-            self._call_later(job.limit, self._check_limit)
+        self.handled += len(job.items) - len(job.outcomes)
         self._transport.write(_frame(CALL, job.request))
+        if self.job is None:
+            self._begin(job)
+        else:
+            self.ahead = job
 
     def take(self) -> None:
-        self.job = None
+        """The job is done, or lost; the one that waits in the pipe is next."""
         self._stop_timer()
+        self.job = None
+        if self.ahead is not None:
+            job, self.ahead = self.ahead, None
+            self._begin(job)
+
+    def _begin(self, job: _Job) -> None:
+        self.job = job
+        self.base = len(job.outcomes)
+        self.given_at = time.monotonic()
+        self._serial += 1
+        if job.limit is not None:
+            self._call_later(job.limit, self._check_limit)
 
     def testament(self, job: _Job) -> tuple[list[bytes], bool]:
         """Return the results it could not send any more, and whether it had begun another item."""
         if self._journal is None:
             return [], True
-        since, begun, kept = STATE.unpack_from(self._journal)
+        _, serial, begun, kept = STATE.unpack_from(self._journal)
+        if serial != self._serial:
+            return [], False
         sent = len(job.outcomes) - self.base
         self._journal.seek(STATE.size)
         results = []
@@ -726,7 +772,7 @@ class _Worker(asyncio.BufferedProtocol):
             result = self._journal.read(int.from_bytes(self._journal.read(4)))
             if number > sent:
                 results.append(result)
-        if since > 0 and begun == 0:  # it died while it read the batch: by which item?
+        if begun == 0:  # it died while it read the batch: by which item?
             return [], job.apart or len(job.items) == 1
         return results, begun > sent + len(results)
 
@@ -965,6 +1011,7 @@ class _Server:
         self._pipe = pipe
         self._journal = _receive_journal(pipe)
         self._reader = pipe.makefile("rb", 2**16)
+        self._serial = 0
         self._busy = self._ending = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -982,8 +1029,10 @@ class _Server:
         _, size = HEADER.unpack(self._receive(HEADER.size))
         request = self._receive(size)
         self._busy = True
+        self._serial += 1
         self._rewind()
-        self._begin(0, 0)
+        if self._journal is not None:
+            STATE.pack_into(self._journal, 0, time.monotonic(), self._serial, 0, 0)
         try:
             call = pickle.loads(request)  # noqa: S301 -- comes from our own process
         except BaseException as error:  # noqa: BLE001 -- unpickling runs any code
@@ -995,16 +1044,31 @@ class _Server:
     def _handle(
         self, fn: Callable[..., Any], items: list[Any], kwargs: dict[str, Any] | None, apart: bool
     ) -> None:
-        kept: list[bytes] = []
-        sent_at = time.monotonic()
+        """Answer each item; the time between two tiny ones is what this loop costs."""
+        journal, kept = self._journal, list[bytes]()
+        unpicklable = f"the result of {getattr(fn, '__qualname__', fn)} cannot be pickled"
+        send_at = time.monotonic() + FLUSH
         for number, item in enumerate(items, 1):
-            begun_at = self._begin(number, len(kept))
-            kind, body = _answer(fn, item, kwargs, apart)
+            begun_at = time.monotonic()
+            if journal is not None:
+                STATE.pack_into(journal, 0, begun_at, self._serial, number, len(kept))
+            trouble = "" if isinstance(item, str) else UNREADABLE  # see _open
+            try:
+                argument = _open(item) if apart else item
+                trouble = ""
+                result = fn(argument) if kwargs is None else fn(*argument, **kwargs)
+                trouble = unpicklable
+                kind, body = RESULT, pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+            except BaseException as error:  # noqa: BLE001 -- SystemExit is an answer, too
+                kind, body = ERROR, _describe(error, trouble)
+            result = None  # not kept while the next item is handled
             small = kind == RESULT and len(body) < LARGE
-            more = number < len(items) and begun_at - sent_at < FLUSH and not self._ending
-            if more and small and self._keep(body):
-                kept.append(body)
-                continue
+            if small and journal and number < len(items) and begun_at < send_at:
+                with_size = len(body).to_bytes(4) + body
+                if journal.tell() + len(with_size) < JOURNAL_SIZE and not self._ending:
+                    journal.write(with_size)
+                    kept.append(body)
+                    continue
             if kept and small:
                 kind, body = MANY, _dump([*kept, body])
             elif kept:
@@ -1014,7 +1078,7 @@ class _Server:
                 return
             kept.clear()
             self._rewind()
-            sent_at = begun_at
+            send_at = begun_at + FLUSH
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
         self._pipe.sendall(_frame(kind, body))
@@ -1024,18 +1088,6 @@ class _Server:
         if len(data) < size:
             raise EOFError
         return data
-
-    def _begin(self, number: int, kept: int) -> float:
-        now = time.monotonic()
-        if self._journal is not None:
-            STATE.pack_into(self._journal, 0, now, number, kept)
-        return now
-
-    def _keep(self, body: bytes) -> bool:
-        try:
-            return bool(self._journal and self._journal.write(len(body).to_bytes(4) + body))
-        except ValueError:  # it is full
-            return False
 
     def _rewind(self) -> None:
         if self._journal is not None:
@@ -1073,20 +1125,10 @@ def _end_with_parent() -> None:
 UNREADABLE = "the call cannot be unpickled"
 
 
-def _answer(fn: Callable[..., Any], item: Any, kwargs: Any, apart: bool) -> tuple[bytes, bytes]:
-    what = ""
-    try:
-        if apart:
-            if isinstance(item, str):
-                raise TypeError(item)  # noqa: TRY301 -- the parent could not pickle it
-            what = UNREADABLE
-            item = pickle.loads(item)  # noqa: S301 -- comes from our own process
-            what = ""
-        result = fn(item) if kwargs is None else fn(*item, **kwargs)
-        what = f"the result of {getattr(fn, '__qualname__', fn)} cannot be pickled"
-        return RESULT, _dump(result)
-    except BaseException as error:  # noqa: BLE001 -- SystemExit too is the answer of this one call
-        return ERROR, _describe(error, what)
+def _open(item: bytes | str) -> Any:
+    if isinstance(item, str):
+        raise TypeError(item)  # the parent could not pickle it
+    return pickle.loads(item)  # noqa: S301 -- comes from our own process
 
 
 def _describe(error: BaseException, what: str = "") -> bytes:
