@@ -522,7 +522,7 @@ def _measurements(event: Event) -> Iterator[_Measurement]:
         yield _Measurement("circuit_state", _CIRCUIT_STATES[what], {"name": event.name})
 
 
-_CIRCUIT_STATES = {"closed": 0, "half_open": 1, "opened": 2}
+_CIRCUIT_STATES = {"closed": 0, "half_opened": 1, "opened": 2}
 
 # What the fields of statistics are called that are a level, not a count: one that is there now.
 _LEVELS = {
