@@ -277,10 +277,11 @@ class ProcessPool:
             buffer: How many items (batches, if ``chunksize`` is not 1), beyond one for each
                 worker, may be read without their results having been taken; ``None`` means as many
                 as there are workers.
-            chunksize: How many items travel together, which pays off when an item takes less than
-                a millisecond. ``None`` lets batches grow until one takes some milliseconds; an
-                asynchronous source is then read one by one, as its items may be slow to come.
-                In a batch, too, a dead worker, a time limit or an error costs one item only.
+            chunksize: How many items travel together, and wait for each other; this pays off when
+                an item takes less than a millisecond. ``None`` lets batches grow until one takes
+                some milliseconds; an asynchronous source is then read one by one, as its items may
+                be slow to come. In a batch, too, a dead worker, a time limit or an error costs one
+                item only.
             timeout: Seconds that a worker may take for one item, in place of ``task_timeout``.
             return_exceptions: Whether the exception of an item is yielded in the place of its
                 result. Otherwise it is raised, and the items not yet finished are given up.
@@ -348,7 +349,7 @@ class ProcessPool:
         return ProcessPoolStatistics(
             workers=len(self._ready),
             busy=sum(worker.job is not None for worker in self._ready),
-            waiting=len(self._waiting),
+            waiting=sum(len(job.items) - len(job.outcomes) for job in self._waiting),
             delivered=self._delivered,
             redelivered=self._redelivered,
             poisoned=self._poisoned,
