@@ -80,7 +80,7 @@ async def test_chapter_workload() -> None:
 
 @pytest.mark.parametrize("attempts", [1, 2, 3, 7])
 async def test_attempts_are_counted_exactly(attempts: int) -> None:
-    """attempts=n calls n times, in every form."""
+    """T24: attempts=n calls n times, in every form."""
     retry = Retry(on=OSError, attempts=attempts, backoff=Fixed(0))
     service = Service(OSError("down"))
 
@@ -249,7 +249,7 @@ async def test_never_wins_over_on() -> None:
     "error", [asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(), GeneratorExit()]
 )
 def test_the_end_is_never_retried(on: Any, error: BaseException) -> None:
-    """Cancellation and the end of the program are never retried, whatever on says."""
+    """T24: Cancellation and the end of the program are never retried, whatever on says."""
     for form in (lambda r, s: r.call(s), lambda r, s: r(s.__call__)(), in_block):
         service = Service(error)
 
@@ -331,9 +331,9 @@ async def test_last_original_exception_is_raised_with_its_history() -> None:
         with pytest.raises(OSError, match="third") as caught:
             await form(Retry(on=OSError, backoff=Exponential(base=0.5)), Service(*errors))
         assert caught.value is errors[2]
-        assert caught.value.__notes__ == [
-            "retry: gave up after 3 attempts in 1.5 s, reason: attempts"
-        ]
+        [note] = caught.value.__notes__
+        assert note.startswith("retry: gave up after 3 attempts in 1.5 s")
+        assert note.endswith(", reason: attempts")
         report = retry_report(caught.value)
         assert report is not None
         assert report.reason is GaveUp.ATTEMPTS
@@ -341,6 +341,52 @@ async def test_last_original_exception_is_raised_with_its_history() -> None:
         assert [attempt.began for attempt in report.attempts] == [0.0, 0.5, 1.5]
         assert report.elapsed == 1.5
         del errors[2].__notes__
+
+
+async def test_report_says_what_it_cannot_know() -> None:
+    """All forms time the first attempt, but a decorated async def counts from its failure on."""
+
+    async def fails() -> None:
+        await asyncio.sleep(2)
+        raise OSError("down")
+
+    retry = Retry(on=OSError, attempts=2, backoff=Fixed(1))
+    limited = Retry(on=OSError, attempts=2, backoff=Fixed(1), max_elapsed=100)
+    for call in (lambda: retry.call(fails), lambda: in_block(retry, fails), limited(fails)):
+        with pytest.raises(OSError, match="down") as caught:
+            await call()
+        report = retry_report(caught.value)
+        assert report is not None
+        assert [attempt.duration for attempt in report.attempts] == [2, 2]
+        assert report.elapsed == 5
+        assert caught.value.__notes__ == [
+            "retry: gave up after 2 attempts in 5.0 s, reason: attempts"
+        ]
+    with pytest.raises(OSError, match="down") as caught:
+        await retry(fails)()
+    report = retry_report(caught.value)
+    assert report is not None
+    assert [(attempt.began, attempt.duration) for attempt in report.attempts] == [(0, None), (1, 2)]
+    assert report.elapsed == 3
+    assert caught.value.__notes__ == [
+        "retry: gave up after 2 attempts in 3.0 s since the first failure, reason: attempts"
+    ]
+
+
+def test_report_of_a_plain_function_is_complete() -> None:
+    """On a plain def the first attempt is timed, too."""
+
+    @Retry(on=OSError, attempts=2, backoff=Fixed(0))
+    def fails() -> None:
+        time.sleep(0.01)
+        raise OSError("down")
+
+    with pytest.raises(OSError, match="down") as caught:
+        fails()
+    report = retry_report(caught.value)
+    assert report is not None
+    assert [(attempt.duration or 0) >= 0.01 for attempt in report.attempts] == [True, True]
+    assert report.elapsed >= 0.02
 
 
 async def test_other_error_after_a_retry_is_reported() -> None:
@@ -408,7 +454,7 @@ def test_nothing_is_left_for_the_garbage_collector(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["call", "block"])
 async def test_max_elapsed_cancels_a_hanging_attempt(form: str) -> None:
-    """An attempt that hangs is cut short when the time for all of them is over."""
+    """T26: An attempt that hangs is cut short when the time for all of them is over."""
     start = now()
     service = Service(OSError("down"), lambda: asyncio.sleep(100))
     retry = Retry(on=OSError, attempts=9, backoff=Fixed(0.5), max_elapsed=2)
@@ -422,7 +468,7 @@ async def test_max_elapsed_cancels_a_hanging_attempt(form: str) -> None:
 
 
 async def test_no_attempt_begins_after_max_elapsed() -> None:
-    """If the next attempt would begin too late, there is no waiting for it."""
+    """T26: If the next attempt would begin too late, there is no waiting for it."""
     start = now()
     service = Service(OSError("down"))
     retry = Retry(on=OSError, attempts=9, backoff=Fixed(0.5), max_elapsed=1.5)
@@ -589,7 +635,7 @@ KINDS = [Exponential, FullJitter, EqualJitter, DecorrelatedJitter]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_overflow_at_attempt_2000(kind: Any) -> None:
-    """After 2000 failures the wait is finite and not above the cap."""
+    """T25: After 2000 failures the wait is finite and not above the cap."""
     for delay in first(kind(base=0.1, factor=10, cap=30), 2000):
         assert 0 <= delay <= 30
     if kind is Exponential:
@@ -620,7 +666,7 @@ def test_jitter_can_be_repeated_exactly(kind: Any) -> None:
 
 
 async def test_concurrent_calls_share_no_state() -> None:
-    """Each call has its own attempts and its own waits, though they use one policy."""
+    """T28: Each call has its own attempts and its own waits, though they use one policy."""
     retry = Retry(on=OSError, attempts=4, backoff=DecorrelatedJitter(base=1, factor=1, cap=99))
     services = [Service(*[OSError()] * 3, n) for n in range(20)]
     answers = await asyncio.gather(*(retry.call(service) for service in services))
@@ -659,7 +705,7 @@ async def test_budget_bounds_the_load_of_an_outage() -> None:
 
 
 async def test_empty_budget_raises_the_original_exception() -> None:
-    """An exhausted budget shows in the statistics and the report, not as an error of its own."""
+    """T27: An empty budget shows in statistics and report, and not as an error of its own."""
     budget = RetryBudget(ratio=0.0, min_per_second=0.1, window=10)
     retry = Retry(on=OSError, attempts=9, backoff=Fixed(0), budget=budget)
     service = Service(OSError("down"))

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import inspect
 import math
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,6 +23,10 @@ from concurrency_patterns.timeout import (
     move_on_after,
     remaining,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
 
 
 def now() -> float:
@@ -58,7 +64,7 @@ async def test_deadline_leaves_a_fast_block_alone() -> None:
 
 
 async def test_inner_timeout_error_is_not_relabelled() -> None:
-    """A TimeoutError of the code inside passes through as it is."""
+    """T29: A TimeoutError of the code inside passes through as it is."""
     mine = TimeoutError("the code's own")
     with pytest.raises(TimeoutError) as caught:
         async with deadline(5):
@@ -178,7 +184,7 @@ async def test_deadline_crosses_into_the_loop_of_a_thread() -> None:
 
 
 async def test_outer_cancellation_wins_over_the_deadline() -> None:
-    """A task that is cancelled in the same moment as its time runs out is cancelled."""
+    """T29: A task that is cancelled in the same moment as its time runs out is cancelled."""
 
     async def work() -> None:
         async with deadline(1):
@@ -190,6 +196,131 @@ async def test_outer_cancellation_wins_over_the_deadline() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert task.cancelled()
+
+
+class Limits:
+    """What the tests of the next function vary: how long the block is, and what disturbs it."""
+
+    def __init__(self, limit: Callable[[float], AbstractAsyncContextManager[Any]]) -> None:
+        self.limit = limit
+
+    async def too_long(self) -> None:
+        async with self.limit(1):
+            await asyncio.sleep(5)
+
+    async def in_time(self) -> None:
+        async with self.limit(1):
+            await asyncio.sleep(0.5)
+
+    async def no_time_at_all(self) -> None:
+        async with self.limit(0):
+            await asyncio.sleep(0)
+
+    async def done_in_the_last_moment(self) -> None:
+        async with self.limit(1):
+            await asyncio.sleep(1)
+
+    async def inner_first(self) -> None:
+        async with self.limit(2):
+            try:
+                async with self.limit(1):
+                    await asyncio.sleep(5)
+            except TimeoutError:
+                await asyncio.sleep(5)
+
+    async def both_at_once(self) -> None:
+        async with self.limit(1), self.limit(1):
+            await asyncio.sleep(5)
+
+    async def swallows(self) -> None:
+        async with self.limit(1):
+            try:
+                await asyncio.sleep(5)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.5)
+
+    async def converts(self) -> None:
+        async with self.limit(1):
+            try:
+                await asyncio.sleep(5)
+            except asyncio.CancelledError:
+                raise OSError("interrupted") from None
+
+    async def cleans_up_too_long(self) -> None:
+        async with self.limit(2), self.limit(1):
+            try:
+                await asyncio.sleep(5)
+            finally:
+                await asyncio.sleep(5)
+
+    async def blocks_the_loop(self) -> None:
+        async with self.limit(1):
+            asyncio.get_running_loop().now += 3  # type: ignore[attr-defined]  # the virtual clock
+            await asyncio.sleep(0)
+
+    async def group(self) -> None:
+        async with self.limit(1), asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(5))
+
+
+@pytest.mark.parametrize("cancelled_at", [None, 0, 0.5, 1, 1.5, 2])
+@pytest.mark.parametrize("name", [name for name in vars(Limits) if not name.startswith("_")])
+async def test_deadline_ends_a_block_as_asyncio_timeout_does(
+    name: str, cancelled_at: float | None
+) -> None:
+    """T29: a deadline has the outcome of asyncio.timeout, whoever else cancels the task."""
+
+    async def outcome(limit: Callable[[float], AbstractAsyncContextManager[Any]]) -> object:
+        async def work() -> object:
+            try:
+                await getattr(Limits(limit), name)()
+            except (TimeoutError, OSError) as error:
+                told: object = TimeoutError if isinstance(error, TimeoutError) else type(error)
+            else:
+                told = "done"
+            return told, cancelling(), remaining(), round(now() - start, 6)
+
+        start = now()
+        task = asyncio.create_task(work())
+        if cancelled_at is not None:
+            await asyncio.sleep(cancelled_at)
+            task.cancel()
+        await asyncio.wait([task])
+        return "cancelled" if task.cancelled() else task.result()
+
+    assert await outcome(deadline) == await outcome(asyncio.timeout)
+
+
+async def test_scope_needs_a_task() -> None:
+    """Outside of a task there is nothing to cut short, which is said at once."""
+    failures: list[object] = []
+
+    def callback() -> None:
+        entering = deadline(1).__aenter__()
+        try:
+            entering.send(None)
+        except RuntimeError as error:
+            failures.append(str(error))
+
+    asyncio.get_running_loop().call_soon(callback)
+    await asyncio.sleep(0)
+    assert failures == ["there is no task here that a deadline could cut short"]
+
+
+async def test_closed_scope_lets_go_of_its_task() -> None:
+    """A task that outlives the scope in which it was created does not keep the creator alive."""
+
+    async def creator() -> asyncio.Task[None]:
+        async with deadline(1):
+            return asyncio.create_task(asyncio.sleep(10))
+
+    task = asyncio.create_task(creator())
+    left = weakref.ref(task)
+    child = await task
+    del task
+    await asyncio.sleep(0)
+    assert left() is None
+    child.cancel()
 
 
 async def test_cancellation_passes_through_move_on_after() -> None:
@@ -294,7 +425,7 @@ async def test_timeout_serves_concurrent_calls() -> None:
 
 
 async def test_own_timeout_error_does_not_count_as_timed_out() -> None:
-    """A TimeoutError of the function itself is its own failure, not ours."""
+    """T29: A TimeoutError of the function itself is its own failure, not ours."""
     timeout = Timeout(1)
 
     async def fails() -> None:

@@ -18,7 +18,7 @@ import random
 import threading
 import time
 from collections import deque
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
@@ -272,7 +272,8 @@ class Retry:
         self.budget = budget
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._matches_on = _predicate("on", on)
-        self._matches_never = _predicate("never", never)
+        self._classes = on if isinstance(on, tuple | type) else ()  # asked first, as it is cheap
+        self._matches_never = None if never == () else _predicate("never", never)
         self._timed = max_elapsed is not None or attempt_timeout is not None
         self._plain = not self._timed and on_result is None and budget is None
         self._calls = 0
@@ -311,24 +312,18 @@ class Retry:
         return self._wrap_sync(fn)
 
     def _wrap_async(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-        if not self._plain:
-
-            @functools.wraps(fn)
-            async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-                return await self.call(fn, *args, **kwargs)
-
-            return wrapper
+        @functools.wraps(fn)
+        async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            return await self.call(fn, *args, **kwargs)
 
         @functools.wraps(fn)
-        async def fast_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        async def plain_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
             self._calls += 1
-            clock = asyncio.get_running_loop().time
-            start = clock()
-            try:
-                return await fn(*args, **kwargs)  # most succeed at once: nothing is made for them
+            try:  # most succeed at once: nothing is made for them, and no clock is read
+                return await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
             except Exception as error:
-                run = _Run(self, start)
-                wait = run.after_error(error, clock())
+                run = _Run(self, asyncio.get_running_loop().time(), began_late=True)
+                wait = run.after_error(error, run.start)
                 if wait is None:
                     raise
             try:
@@ -336,7 +331,7 @@ class Retry:
             finally:
                 del run
 
-        return fast_wrapper
+        return plain_wrapper if self._plain else wrapper
 
     def _wrap_sync(self, fn: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(fn)
@@ -348,26 +343,26 @@ class Retry:
                 del run
 
         @functools.wraps(fn)
-        def fast_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        def plain_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
             self._calls += 1
             start = time.monotonic()
             try:
-                result = fn(*args, **kwargs)
+                result = fn(*args, **kwargs) if kwargs else fn(*args)  # type: ignore[call-arg]
             except Exception as error:
                 run = _Run(self, start)
                 wait = run.after_error(error, time.monotonic())
                 if wait is None:
                     raise
             else:
-                if isinstance(result, CoroutineType):
-                    _refuse_coroutine(fn, result)
+                if type(result) is CoroutineType:
+                    _refuse_coroutine(fn, result)  # type: ignore[arg-type]  # mypy sees a T
                 return result
             try:
                 return self._go_on_sync(run, wait, fn, args, kwargs)
             finally:
                 del run
 
-        return fast_wrapper if self._plain else wrapper
+        return plain_wrapper if self._plain else wrapper
 
     def _begin(self, now: float) -> _Run:
         self._calls += 1
@@ -378,23 +373,22 @@ class Retry:
     async def _go_on(
         self, run: _Run, wait: float | None, fn: Callable[..., Awaitable[T]], args: Any, kwargs: Any
     ) -> T:
-        """Wait (``None`` at the first attempt) and call ``fn``, until that is enough."""
         clock = asyncio.get_running_loop().time
+        attempt = functools.partial(fn, *args, **kwargs)
+        scope = None
         try:
             while True:
                 if wait is not None:
                     await asyncio.sleep(wait)
                     run.begin_attempt(clock())
-                scope = None
                 try:
                     if self._timed:
                         async with (scope := run.scope(clock())):
-                            result = await fn(*args, **kwargs)
+                            result = await attempt()
                     else:
-                        result = await fn(*args, **kwargs)
+                        result = await attempt()
                 except Exception as error:
-                    cut_off = scope is not None and scope.expired
-                    wait = run.after_error(error, clock(), cut_off=cut_off)
+                    wait = run.after_error(error, clock(), scope)
                     if wait is None:
                         raise
                 else:
@@ -465,12 +459,14 @@ class FailedAttempt:
     Attributes:
         error: What was raised; ``None`` if the result was one that ``on_result`` refused.
         began: Seconds between the beginning of the call and the beginning of the attempt.
-        duration: Seconds that the attempt took.
+        duration: Seconds that the attempt took. ``None`` for the first attempt of a decorated
+            ``async def`` without limits of time, ``on_result`` and budget: it looks at the clock
+            only when something has failed, and the times are counted from there.
     """
 
     error: Exception | None
     began: float
-    duration: float
+    duration: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,7 +476,8 @@ class RetryReport:
     Attributes:
         reason: Why it was not tried once more.
         attempts: All attempts in their order; the last one raised the exception.
-        elapsed: Seconds from the beginning of the call to its end.
+        elapsed: Seconds from the beginning of the call to its end; from the first failure if the
+            ``duration`` of the first attempt is ``None``.
     """
 
     reason: GaveUp
@@ -493,9 +490,15 @@ def retry_report(error: BaseException) -> RetryReport | None:
     kept = getattr(error, "__retry__", None)
     if kept is None:
         return None
-    reason, attempts, last, elapsed = kept
-    began, duration = last
-    return RetryReport(reason, (*attempts, FailedAttempt(error, began, duration)), elapsed)  # type: ignore[arg-type]  # only an Exception has one
+    reason, history, elapsed, began_late = kept
+    attempts = [FailedAttempt(*attempt) for attempt in history]
+    attempts[-1] = replace(attempts[-1], error=error)  # type: ignore[arg-type]  # an Exception
+    if began_late:
+        attempts[0] = replace(attempts[0], duration=None)
+    return RetryReport(reason, tuple(attempts), elapsed)
+
+
+_NO_LIMIT = (math.inf, GaveUp.ELAPSED)
 
 
 class _Run:
@@ -504,15 +507,35 @@ class _Run:
     It is handed the time and never waits itself, so that ``async``, plain and block form share it.
     """
 
-    __slots__ = ("_attempts", "_began", "_delays", "_number", "_policy", "_start", "_wait")
+    __slots__ = (
+        "_attempts",
+        "_began",
+        "_began_late",
+        "_delays",
+        "_fresh",
+        "_limited",
+        "_number",
+        "_policy",
+        "_task",
+        "_wait",
+        "start",
+    )
 
-    def __init__(self, policy: Retry, now: float) -> None:
+    def __init__(self, policy: Retry, now: float, *, began_late: bool = False) -> None:
         self._policy = policy
-        self._start = self._began = now
+        self.start = self._began = now
+        self._began_late = began_late  # only at the first failure
         self._number = 1
-        self._attempts: list[FailedAttempt] = []
-        self._delays: Iterator[float] | None = None
+        self._attempts: list[tuple[Exception | None, float, float]] = []  # error, began, ended
         self._wait = 0.0
+        self._fresh = True
+
+    def _prepare(self) -> None:
+        """Get what only a call that fails needs."""
+        self._fresh = False
+        self._delays = iter(self._policy.backoff)
+        self._limited = self._policy.max_elapsed is not None or remaining() is not None
+        self._task = _current_task()
 
     def is_timed(self) -> bool:
         """Tell whether the attempts need a :meth:`scope`."""
@@ -523,18 +546,34 @@ class _Run:
         policy = self._policy
         limit = math.inf if policy.attempt_timeout is None else policy.attempt_timeout
         if policy.max_elapsed is not None:
-            left = max(0.0, self._start + policy.max_elapsed - now)
+            left = max(0.0, self.start + policy.max_elapsed - now)
             if left < limit:
                 return FailScope(left, told=policy.max_elapsed)
         return FailScope(limit)
 
-    def after_error(self, error: Exception, now: float, *, cut_off: bool = False) -> float | None:
+    def after_error(
+        self, error: Exception, now: float, scope: FailScope | None = None
+    ) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if there is none."""
-        reason = self._reason_to_stop(error, now, cut_off=cut_off)
+        policy = self._policy
+        if self._fresh:
+            self._prepare()
+        cut_off = scope is not None and scope.expired
+        if not (isinstance(error, policy._classes) or cut_off or policy._matches_on(error)) or (
+            policy._matches_never is not None and policy._matches_never(error)
+        ):
+            reason: GaveUp | None = GaveUp.ERROR
+        elif self._task is not None and self._task.cancelling():
+            reason = GaveUp.CANCELLED  # even if the function made another exception of it
+        else:
+            reason = self._limit_reached(error, now)
         if reason is None:
-            return self._note_failure(error, now)
+            self._attempts.append((error, self._began, now))
+            if policy.on_event is not None:
+                self._tell_failed(error)
+            return self._wait
         if self._number > 1 or reason is not GaveUp.ERROR:  # a bug at once is none of our business
-            self._policy._gave_up += 1
+            policy._gave_up += 1
             self._attach_report(error, reason, now)
             self._tell_gave_up(reason, error)
         return None
@@ -547,20 +586,21 @@ class _Run:
                 policy._recovered += 1
                 notify(policy.on_event, "retry.recovered", attempts=self._number)
             return None
+        if self._fresh:
+            self._prepare()
         reason = self._limit_reached(result, now)
         if reason is not None:
             policy._gave_up += 1
             self._tell_gave_up(reason, None)
             return None
-        return self._note_failure(None, now)
+        self._attempts.append((None, self._began, now))
+        self._tell_failed(None)
+        return self._wait
 
-    def _note_failure(self, error: Exception | None, now: float) -> float:
-        failed = FailedAttempt(error, self._began - self._start, now - self._began)
-        self._attempts.append(failed)
+    def _tell_failed(self, error: Exception | None) -> None:
         if self._policy.on_event is not None:
             event = {"number": self._number, "error": error, "delay": self._wait}
             notify(self._policy.on_event, "retry.attempt_failed", **event)
-        return self._wait
 
     def _tell_gave_up(self, reason: GaveUp, error: Exception | None) -> None:
         if self._policy.on_event is not None:
@@ -569,19 +609,17 @@ class _Run:
 
     def begin_attempt(self, now: float) -> None:
         """Count the next attempt; if the timer woke us too late for it, raise the last error."""
-        end = (
-            math.inf if self._policy.max_elapsed is None else self._start + self._policy.max_elapsed
-        )
-        if now >= end:
+        policy = self._policy
+        if policy.max_elapsed is not None and now >= self.start + policy.max_elapsed:
             self._give_up_asleep(now)
         self._number += 1
         self._began = now
-        self._policy._retries += 1
+        policy._retries += 1
 
     def _give_up_asleep(self, now: float) -> None:
-        last = self._attempts.pop()
+        last = self._attempts.pop()[0]
         self._policy._gave_up += 1
-        error = last.error or DeadlineExceeded("max_elapsed is over and the result is still bad")
+        error = last or DeadlineExceeded("max_elapsed is over and the result is still bad")
         self._attach_report(error, GaveUp.ELAPSED, now)
         self._tell_gave_up(GaveUp.ELAPSED, error)
         try:
@@ -589,24 +627,18 @@ class _Run:
         finally:
             del error, last  # no cycle through this frame
 
-    def _reason_to_stop(self, error: Exception, now: float, *, cut_off: bool) -> GaveUp | None:
-        policy = self._policy
-        if policy._matches_never(error) or not (cut_off or policy._matches_on(error)):
-            return GaveUp.ERROR
-        if _being_cancelled():
-            return GaveUp.CANCELLED
-        return self._limit_reached(error, now)
-
     def _limit_reached(self, outcome: object, now: float) -> GaveUp | None:
         """Say why there is no next attempt, or set the wait for it."""
         policy = self._policy
-        left, limit = self._time_left(now)
+        left, limit = self._time_left(now) if self._limited else _NO_LIMIT
         if left <= 0:
             return limit
         if self._number >= policy.attempts:
             return GaveUp.ATTEMPTS
-        self._wait = self._next_wait(outcome)
-        rejected = isinstance(outcome, LocalRejection)
+        self._wait = next(self._delays, self._wait)
+        rejected = issubclass(type(outcome), LocalRejection)  # isinstance() is slow to say no
+        if rejected or hasattr(outcome, "retry_after"):
+            self._wait = self._wait_asked_for(outcome, self._wait)
         if self._wait >= left or (rejected and left == math.inf):
             return GaveUp.REJECTED if rejected else limit
         # A call that was refused here never reached the service: it costs no budget.
@@ -620,31 +652,34 @@ class _Run:
         policy = self._policy
         elapsed_left = math.inf
         if policy.max_elapsed is not None:
-            elapsed_left = self._start + policy.max_elapsed - now
+            elapsed_left = self.start + policy.max_elapsed - now
         deadline_left = remaining()
         if deadline_left is not None and deadline_left < elapsed_left:
             return deadline_left, GaveUp.DEADLINE
         return elapsed_left, GaveUp.ELAPSED
 
-    def _next_wait(self, outcome: object) -> float:
-        if self._delays is None:
-            self._delays = iter(self._policy.backoff)
-        delay = next(self._delays, self._wait)
-        hint = _retry_after(outcome)
-        if isinstance(outcome, LocalRejection):
+    def _wait_asked_for(self, outcome: object, delay: float) -> float:
+        hint = getattr(outcome, "retry_after", None)
+        if not isinstance(hint, int | float) or not math.isfinite(hint) or hint < 0:
+            hint = None
+        if isinstance(outcome, LocalRejection):  # no use in coming back before the time it gives
             return math.inf if hint is None else max(delay, hint)
         return delay if hint is None else max(delay, min(hint, self._policy.max_retry_after))
 
     def _attach_report(self, error: Exception, reason: GaveUp, now: float) -> None:
-        elapsed = now - self._start
-        last = (self._began - self._start, now - self._began)
-        plural = "" if self._number == 1 else "s"
-        tried = f"{self._number} attempt{plural} in {elapsed:.1f} s"
+        elapsed = now - self.start
+        tried = f"{self._number} attempt{'' if self._number == 1 else 's'} in {elapsed:.1f} s"
+        if self._began_late:
+            tried += " since the first failure"
         note = f"retry: gave up after {tried}, reason: {reason.value}"
+        history = [
+            (raised, began - self.start, ended - began)
+            for raised, began, ended in [*self._attempts, (None, self._began, now)]
+        ]
         with contextlib.suppress(AttributeError):  # an exception may be frozen
             error.add_note(note)
-            # Not a RetryReport: that would refer to the error, and keep its frames alive.
-            error.__retry__ = (reason, tuple(self._attempts), last, elapsed)  # type: ignore[attr-defined]
+            # Without the error itself: that would be a cycle, and keep its frames alive.
+            error.__retry__ = (reason, history, elapsed, self._began_late)  # type: ignore[attr-defined]
 
 
 class _Attempts:
@@ -722,7 +757,7 @@ class Attempt:
             if error is None:
                 run.after_result(None, now)
             elif isinstance(error, Exception):
-                wait = run.after_error(error, now, cut_off=late is not None)
+                wait = run.after_error(error, now, self._scope)
                 if wait is not None:
                     self._next = (run, wait)
                     return True
@@ -874,23 +909,13 @@ def _check_backoff(backoff: Iterable[float]) -> None:
             check_seconds("backoff", delay)
 
 
-def _retry_after(outcome: object) -> float | None:
-    """Return the wait that the error asks for, if it asks for a sane one."""
-    hint = getattr(outcome, "retry_after", None)
-    if isinstance(hint, int | float) and math.isfinite(hint) and hint >= 0:
-        return float(hint)
-    return None
-
-
 def _refuse_coroutine(fn: object, result: CoroutineType[Any, Any, Any]) -> NoReturn:
     result.close()
     raise TypeError(f"{fn!r} is no async def but returned a coroutine; use call() for it")
 
 
-def _being_cancelled() -> bool:
-    """Tell whether the task has been cancelled, even if ``fn`` made another exception of it."""
+def _current_task() -> asyncio.Task[Any] | None:
     try:
-        task = asyncio.current_task()
+        return asyncio.current_task()
     except RuntimeError:  # no event loop in this thread
-        return False
-    return task is not None and task.cancelling() > 0
+        return None
