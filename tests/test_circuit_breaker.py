@@ -520,6 +520,18 @@ async def test_blocks_may_be_nested() -> None:
     assert inner.statistics().succeeded == 1
 
 
+async def test_blocks_may_end_in_any_order() -> None:
+    """T19: each end belongs to the breaker's own beginning, also when the outer one ends first."""
+    one, other = CircuitBreaker(failures=1), CircuitBreaker(failures=1)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    one.__exit__(ValueError, ValueError(), None)  # never entered: too late to matter
+    other.__exit__(ConnectionError, ConnectionError(), None)
+    assert (one.state, other.state) == (CLOSED, OPEN)
+    assert (one.statistics().succeeded, one.statistics().late) == (1, 1)
+
+
 async def test_isolated_by_hand_it_stays_open_until_reset() -> None:
     """``isolate`` refuses all calls for any time, ``reset`` lets them through again."""
     breaker, service = CircuitBreaker(), Service(works=True)
@@ -937,6 +949,17 @@ async def test_the_server_sets_the_open_time(asked: object, seconds: float) -> N
         async with breaker:
             raise Busy(asked)
     assert breaker.statistics().retry_after == pytest.approx(seconds)
+
+
+async def test_only_the_failure_that_opens_it_sets_the_open_time() -> None:
+    """What an earlier failure asked for is over when a later call opens the circuit."""
+    breaker = CircuitBreaker(trip=FailureRate(0.5, window=2))
+    with pytest.raises(Busy):
+        async with breaker:
+            raise Busy(5)
+    await breaker.call(Service(works=True))
+    assert breaker.state is OPEN
+    assert breaker.statistics().retry_after == pytest.approx(30)
 
 
 async def test_the_shadow_mode_refuses_nobody() -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 from .errors import CircuitOpen, LocalRejection, check_count, check_positive, notify
 
@@ -306,7 +306,7 @@ class CircuitBreaker:
 
     def __enter__(self) -> None:
         permit = self._circuit.everyone or self._enter()
-        _entered.set((*_entered.get(), (self, permit)))
+        _entered.set((self, permit, _entered.get()))
 
     def __exit__(
         self,
@@ -321,7 +321,8 @@ class CircuitBreaker:
             self._raised(permit, error)
 
     async def __aenter__(self) -> None:
-        self.__enter__()
+        permit = self._circuit.everyone or self._enter()
+        _entered.set((self, permit, _entered.get()))
 
     async def __aexit__(
         self,
@@ -329,7 +330,11 @@ class CircuitBreaker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.__exit__(kind, error, traceback)
+        permit = self._leave()
+        if error is None:
+            self._succeed(permit)
+        else:
+            self._raised(permit, error)
 
     @property
     def state(self) -> CircuitState:
@@ -388,12 +393,17 @@ class CircuitBreaker:
 
     def _leave(self) -> Permit:
         # The newest of our entries: blocks of one task end in the reverse order of their beginning.
-        entries = _entered.get()
-        for index in reversed(range(len(entries))):
-            if entries[index][0] is self:
-                _entered.set(entries[:index] + entries[index + 1 :])
-                return entries[index][1]
-        return Permit()  # left in another context than entered: too late to matter
+        block, above = _entered.get(), []
+        while block is not None and block[0] is not self:
+            above.append(block)
+            block = block[2]
+        if block is None:
+            return Permit()  # left in another context than entered: too late to matter
+        below = block[2]
+        for breaker, permit, _ in reversed(above):
+            below = (breaker, permit, below)
+        _entered.set(below)
+        return block[1]
 
     def _returned(self, permit: Permit, result: object) -> None:
         if self._is_failure is None:
@@ -522,10 +532,10 @@ class Circuit:
         self._out: set[Permit] = set()
         self._begin(CircuitState.CLOSED, 0.0)
 
-    def _move(self, event: CircuitEvent, now: float) -> None:
+    def _move(self, event: CircuitEvent, now: float, error: BaseException | None = None) -> None:
         before, state = self.state, TRANSITIONS[self.state, event]
         failures = self.failed
-        self._begin(state, now)
+        self._begin(state, now, error)
         if event is CircuitEvent.ISOLATED:
             self.until, self.refusal = math.inf, REFUSALS[event]
         if state is before:
@@ -540,7 +550,7 @@ class Circuit:
         else:
             self.happened.append(("circuit_breaker.closed", {"reason": event.value}))
 
-    def _begin(self, state: CircuitState, now: float) -> None:
+    def _begin(self, state: CircuitState, now: float, error: BaseException | None = None) -> None:
         if self.everyone is not None:
             self.everyone.steady = False
             self._past_successes += self.everyone.successes
@@ -559,13 +569,13 @@ class Circuit:
                 self.everyone = Permit(self.era)
                 self.everyone.steady = self.tally.steady
         elif state is CircuitState.OPEN:
-            self._open_seconds = self._open_time()
+            self._open_seconds = self._open_time(error)
             self.until = now + self._open_seconds
 
-    def _open_time(self) -> float:
+    def _open_time(self, error: BaseException | None) -> float:
         times, number = self.open_times, self._times_open
         self._times_open += 1
-        asked = getattr(self.last_failure, "retry_after", None)
+        asked = getattr(error, "retry_after", None)
         if isinstance(asked, int | float) and asked > 0:  # NaN is not
             return min(asked, self.max_retry_after)
         return times[min(number, len(times) - 1)]
@@ -653,9 +663,9 @@ class Circuit:
         self.last_failure = error
         self.failed += 1
         if self.state is CircuitState.CLOSED:
-            self._record(permit, True, now)
+            self._record(permit, True, now, error)
         else:
-            self._move(CircuitEvent.PROBE_FAILED, now)
+            self._move(CircuitEvent.PROBE_FAILED, now, error)
         return True
 
     def _matters(self, permit: Permit) -> bool:
@@ -663,13 +673,15 @@ class Circuit:
             return permit.era == self.era
         return permit in self._out
 
-    def _record(self, permit: Permit, failed: bool, now: float) -> None:
+    def _record(
+        self, permit: Permit, failed: bool, now: float, error: BaseException | None = None
+    ) -> None:
         settled, self._settled = self._settled, permit.successes
         if permit.successes > settled:
             self.tally.settle(permit.successes - settled)
         trips = self.tally.record(failed, now, max(0.0, now - permit.began))
         if trips:
-            self._move(CircuitEvent.TRIPPED, now)
+            self._move(CircuitEvent.TRIPPED, now, error)
         elif self.everyone is not None:
             self.everyone.steady = self.tally.steady
 
@@ -1107,10 +1119,9 @@ class _Unguarded(TypeError):  # noqa: N818 -- never seen under this name
     """A plain function turned out to be asynchronous; no fault of the service."""
 
 
-# The ``with`` blocks that this task or thread is in.
-_entered: contextvars.ContextVar[tuple[tuple[CircuitBreaker, Permit], ...]] = (
-    contextvars.ContextVar("entered", default=())
-)
+# The innermost ``with`` block that this task or thread is in, and the one around it, and so on.
+_Block: TypeAlias = "tuple[CircuitBreaker, Permit, _Block] | None"
+_entered: contextvars.ContextVar[_Block] = contextvars.ContextVar("entered", default=None)
 
 
 def _now() -> float:
