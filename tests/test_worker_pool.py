@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
+from contextlib import suppress
 
 import pytest
 
@@ -612,3 +613,16 @@ async def test_a_priority_serves_the_pool_again_after_it_was_reopened():
         urgent = pool.priority(-1)
     async with pool:
         assert await (await urgent.submit(double, 2)) == 4
+
+
+def test_t2_a_worker_that_somebody_cancels_is_replaced():
+    """T2: even when its only worker is cancelled, a pool runs every task that it has taken."""
+
+    async def scenario(results):
+        async with WorkerPool(workers=1) as pool:
+            for number in range(3):
+                handle = await pool.submit(double, number)
+                with suppress(asyncio.CancelledError):
+                    results.append(await handle)
+
+    assert explore_cancellation(list, scenario, lambda _: True) > 10

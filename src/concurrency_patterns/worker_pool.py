@@ -182,7 +182,7 @@ class WorkerPool:
         for _ in range(workers - len(self._workers)):
             worker = asyncio.create_task(self._work(), name="worker")
             self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            worker.add_done_callback(self._on_worker_ended)
         _wake(self._idle, len(self._workers) - workers)
 
     async def submit(
@@ -294,6 +294,11 @@ class WorkerPool:
             failed=self._failed,
             cancelled=self._cancelled,
         )
+
+    def _on_worker_ended(self, worker: asyncio.Task[None]) -> None:
+        self._workers.discard(worker)
+        if worker.cancelled() and self._open:
+            self.resize(self._size)  # somebody else has cancelled it: another takes its place
 
     def _check_open(self) -> None:
         if not self._open:
