@@ -151,6 +151,8 @@ def main(arguments: list[str]) -> int:
     total = sum(len(template) for template in wanted.values())
     print(*found, sep="\n", end="\n" if found else "")
     print(f"{total} messages in {len(wanted)} catalogs, {len(found)} problems")
+    if found:
+        print("`tox exec -e docs -- python conf/catalog.py update` writes down what to translate")
     return 1 if found else 0
 
 

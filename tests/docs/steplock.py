@@ -213,7 +213,7 @@ class Wordless(ast.NodeTransformer):
 def staleness(zh: Source, en: Source) -> Iterator[str]:
     """The English page says which Chinese text it translates, and that is today's text."""
     stamp = en.front_matter.get("translation")
-    command = f"python tests/docs/stamp.py {en.path}"
+    command = f"tox exec -e docs -- python tests/docs/stamp.py {en.path}"
     if not isinstance(stamp, dict) or stamp.get("of") != zh.name:
         yield f"{en.path}: does not say that it translates {zh.name}: {command}"
     elif str(stamp.get("sha")) != zh.sha:
