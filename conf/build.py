@@ -1,6 +1,7 @@
-"""Build both sites, and what stands above them: ``python conf/build.py``.
+"""Build both sites, and what stands above them: ``python conf/build.py [--check-catalogs]``.
 
 The two languages are built side by side, each by the command that is printed, into build/html.
+With ``--check-catalogs`` the check of ``conf/catalog.py`` runs beside them.
 """
 
 from __future__ import annotations
@@ -56,10 +57,13 @@ def build_root() -> None:
 
 def main() -> int:
     """Build everything."""
-    if failed := build_pages():
-        return failed
-    build_root()
-    return 0
+    check = None
+    if "--check-catalogs" in sys.argv[1:]:
+        check = subprocess.Popen([sys.executable, "conf/catalog.py", "check"], cwd=ROOT)
+    failed = build_pages()
+    if not failed:
+        build_root()
+    return failed or (abs(check.wait()) if check else 0)
 
 
 if __name__ == "__main__":
