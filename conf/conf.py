@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "extensions")]
 
 import python_inventory  # noqa: E402 -- found through the path above
-import settings  # noqa: E402
+import settings  # noqa: E402 -- as above
 
 # sphinx-autodoc-typehints 3.6, the newest for Python 3.11, calls what Sphinx 10 will remove.
 warnings.filterwarnings("ignore", message=".*set_application.*")

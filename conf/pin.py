@@ -19,8 +19,6 @@ OPTIONS = [
     "--generate-hashes",
     "--no-header",
     "--no-annotate",
-    "--no-emit-index-url",
-    "--no-emit-find-links",
 ]
 
 
