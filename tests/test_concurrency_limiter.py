@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -367,17 +368,74 @@ async def test_a_cancelled_drain_does_not_harm_another_one():
         await drains[1]
 
 
-async def test_the_time_in_line_is_counted_apart():
-    """The statistics tell how many waited and for how long, without the time inside."""
+async def test_waiting_and_running_are_counted_apart():
+    """A timed limiter tells how long callers waited for slots, and how long they used them."""
+    limiter = ConcurrencyLimiter(1, timed=True)
+
+    async def use():
+        async with limiter:
+            await asyncio.sleep(2)
+
+    await asyncio.gather(use(), use(), use())
+    seen = limiter.statistics()
+    assert (seen.waits, seen.wait_time) == (2, 2.0 + 4.0)
+    assert (seen.runs, seen.run_time) == (3, 6.0)
+
+
+async def test_the_run_time_counts_each_slot_and_those_still_in_use():
+    """Run time is in seconds of slots: a heavy caller counts as several, also while it is inside."""
+    limiter = ConcurrencyLimiter(5, timed=True)
+    await limiter.acquire(3)
+    assert limiter.try_acquire(2)
+    waiting = asyncio.create_task(limiter.acquire(2))
+    await asyncio.sleep(1)
+    assert limiter.statistics().run_time == 5.0
+
+    limiter.release(3)
+    await waiting
+    await asyncio.sleep(1)
+    assert (limiter.statistics().runs, limiter.statistics().run_time) == (3, 9.0)
+
+
+async def test_without_timed_nothing_reads_the_clock():
+    """Unless it is timed, the limiter counts who waited and no seconds."""
     limiter = ConcurrencyLimiter(1)
 
     async def use():
         async with limiter:
             await asyncio.sleep(1)
 
-    await asyncio.gather(use(), use(), use())
+    with mock.patch.object(asyncio.get_running_loop(), "time", side_effect=AssertionError):
+        await limiter.acquire()
+        limiter.release()
+    await asyncio.gather(use(), use())
     seen = limiter.statistics()
-    assert (seen.waits, seen.wait_time) == (2, 3.0)
+    assert (seen.waits, seen.wait_time, seen.runs, seen.run_time) == (1, 0, 0, 0)
+
+
+async def test_each_waiter_expires_at_its_own_time():
+    """One timer serves all: who joined later is refused later, whatever became of those before."""
+    limiter = ConcurrencyLimiter(1, max_wait=3)
+    await limiter.acquire()
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def refused():
+        with pytest.raises(ConcurrencyLimitExceeded) as error:
+            await limiter.acquire()
+        return error.value.reason, loop.time() - start
+
+    first = asyncio.create_task(refused())
+    await asyncio.sleep(1)
+    granted = asyncio.create_task(limiter.acquire())
+    cancelled = asyncio.create_task(limiter.acquire())
+    await asyncio.sleep(1)
+    last = asyncio.create_task(refused())
+    assert await first == ("wait", 3.0)
+    cancelled.cancel()
+    limiter.release()
+    await granted
+    assert await last == ("wait", 5.0)
 
 
 class LimiterMachine(RuleBasedStateMachine):

@@ -8,7 +8,7 @@ import inspect
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast
 
 from .errors import ConcurrencyLimitExceeded, check_count, check_loop, check_seconds, notify
 
@@ -20,6 +20,9 @@ __all__ = ["ConcurrencyLimiter", "ConcurrencyLimiterStatistics"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Who waits, for how many slots, and since when if anybody wants to know.
+_Waiter: TypeAlias = "tuple[asyncio.Future[None], int, float | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,10 @@ class ConcurrencyLimiterStatistics:
         peak: The most slots that have ever been in use at the same time.
         rejected: How many callers were refused because the line was full or the wait too long.
         waits: How many callers had to wait, and got their slots.
-        wait_time: How many seconds these have waited, together.
+        wait_time: How many seconds these have waited, together; 0 unless the limiter is ``timed``.
+        runs: How many callers got their slots, waiting or not; 0 unless it is ``timed``.
+        run_time: How many seconds the slots have been in use, added up over the slots; 0 unless it
+            is ``timed``.
     """
 
     limit: int
@@ -43,6 +49,8 @@ class ConcurrencyLimiterStatistics:
     rejected: int
     waits: int
     wait_time: float
+    runs: int
+    run_time: float
 
 
 class ConcurrencyLimiter:
@@ -60,6 +68,8 @@ class ConcurrencyLimiter:
         limit: How many slots there are.
         max_queue: How many may wait for slots; ``None`` for any number, 0 for nobody.
         max_wait: The longest wait for slots in seconds; ``None`` for any.
+        timed: Whether the statistics tell how long callers wait for slots and how long they use
+            them. Then the clock is read for each caller, which costs about as much as the rest.
 
     Attributes:
         on_event: Called with the kind and the data of an event: ``concurrency_limiter.waited``
@@ -74,7 +84,12 @@ class ConcurrencyLimiter:
     """
 
     def __init__(
-        self, limit: int, max_queue: int | None = None, max_wait: float | None = None
+        self,
+        limit: int,
+        max_queue: int | None = None,
+        max_wait: float | None = None,
+        *,
+        timed: bool = False,
     ) -> None:
         check_count("limit", limit)
         if max_queue is not None:
@@ -86,13 +101,18 @@ class ConcurrencyLimiter:
         self._max_wait = max_wait
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._in_use = 0
-        self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._waiters: deque[_Waiter] = deque()
+        self._timer: asyncio.TimerHandle | None = None  # for the first in line
         self._emptied: asyncio.Future[None] | None = None  # somebody drains
         self._closed = False
         self._peak = 0
         self._rejected = 0
         self._waits = 0
         self._wait_time = 0.0
+        self._timed = timed
+        self._wants_time = timed or max_wait is not None
+        self._runs = 0
+        self._run_time = 0.0  # the integral of _in_use over time
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -110,8 +130,40 @@ class ConcurrencyLimiter:
                 ``"queue"``), the slots did not become free within ``max_wait`` (``"wait"``), or
                 the limiter is closed (``"closed"``).
         """
-        if not self.try_acquire(weight):
-            await self._wait_in_line(weight)
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind()
+        if weight != 1:
+            self._check(weight)
+        if self._in_use + weight <= self._limit and not self._waiters and not self._closed:
+            # As _take() does, written out: the call would add a tenth.
+            self._in_use += weight
+            if self._in_use > self._peak:  # noqa: PLR1730 -- max() adds a tenth, too
+                self._peak = self._in_use
+            if self._timed:
+                self._begin_run(weight)
+            return
+        self._refuse_if_overloaded()
+        waiter = loop.create_future()
+        joined = loop.time() if self._wants_time or self.on_event is not None else None
+        entry = (waiter, weight, joined)
+        self._waiters.append(entry)
+        if self._timer is None and self._max_wait is not None:
+            self._set_timer()
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled() and waiter.exception() is None:
+                self.release(weight)  # granted and cancelled in the same step
+            else:
+                self._leave(entry)
+            raise
+        except ConcurrencyLimitExceeded as refusal:
+            notify(self.on_event, "concurrency_limiter.rejected", reason=refusal.reason)
+            raise
+        self._waits += 1
+        if joined is not None:
+            self._end_wait(weight, joined)
 
     def try_acquire(self, weight: int = 1) -> bool:
         """Take ``weight`` slots if they are free and nobody waits; never wait.
@@ -131,9 +183,7 @@ class ConcurrencyLimiter:
             self._check(weight)
         if self._waiters or self._closed or self._in_use + weight > self._limit:
             return False
-        self._in_use += weight
-        if self._in_use > self._peak:  # noqa: PLR1730 -- max() adds a tenth to the time of a call
-            self._peak = self._in_use
+        self._take(weight)
         return True
 
     def release(self, weight: int = 1) -> None:
@@ -149,20 +199,21 @@ class ConcurrencyLimiter:
             held = f"only {self._in_use} slots are" if self._in_use else "no slot is"
             raise RuntimeError(f"release without acquire: {held} in use")
         if self._waiters and self._in_use == self._limit:
-            waiter, wanted = self._waiters[0]
+            waiter, wanted, _ = self._waiters[0]
             if wanted == weight and not waiter.done():
                 self._waiters.popleft()
                 waiter.set_result(None)  # handed over: as much stays in use as before
+                self._runs += self._timed
                 return
         self._in_use -= weight
+        if self._timed:
+            self._run_time += weight * asyncio.get_running_loop().time()
         if self._waiters:
             self._grant()
         if self._emptied is not None:
             self._tell_if_empty()
 
-    async def __aenter__(self) -> None:
-        if not self.try_acquire():
-            await self._wait_in_line(1)
+    __aenter__ = acquire
 
     async def __aexit__(
         self,
@@ -226,7 +277,7 @@ class ConcurrencyLimiter:
             ValueError: If ``limit`` is below 1, or below what somebody in line waits for.
         """
         check_count("limit", limit)
-        widest = max((weight for _, weight in self._waiters), default=1)
+        widest = max((weight for _, weight, _ in self._waiters), default=1)
         if limit < widest:
             raise ValueError(f"limit must be at least {widest}, which is waited for, got {limit}")
         self._limit = limit
@@ -243,13 +294,16 @@ class ConcurrencyLimiter:
         """Let nobody in any more; those who wait are refused, those who are inside stay."""
         self._closed = True
         while self._waiters:
-            waiter, _ = self._waiters.popleft()
+            waiter, _, _ = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(self._refusal("closed", "the limiter is closed"))
         self._tell_if_empty()
 
     def statistics(self) -> ConcurrencyLimiterStatistics:
         """Return what the limiter holds and has done."""
+        run_time = self._run_time
+        if self._timed and self._in_use:  # they are still at it
+            run_time += self._in_use * asyncio.get_running_loop().time()
         return ConcurrencyLimiterStatistics(
             limit=self._limit,
             in_use=self._in_use,
@@ -258,6 +312,8 @@ class ConcurrencyLimiter:
             rejected=self._rejected,
             waits=self._waits,
             wait_time=self._wait_time,
+            runs=self._runs,
+            run_time=run_time,
         )
 
     def _check(self, weight: int) -> None:
@@ -265,10 +321,28 @@ class ConcurrencyLimiter:
         if weight > self._limit:
             raise ValueError(f"weight must be at most the limit of {self._limit}, got {weight}")
 
+    def _take(self, weight: int) -> None:
+        self._in_use += weight
+        self._peak = max(self._peak, self._in_use)
+        if self._timed:
+            self._begin_run(weight)
+
+    def _begin_run(self, weight: int) -> None:
+        self._runs += 1
+        self._run_time -= weight * asyncio.get_running_loop().time()
+
+    def _end_wait(self, weight: int, joined: float) -> None:
+        seconds = asyncio.get_running_loop().time() - joined
+        if self._timed:
+            self._wait_time += seconds
+        notify(self.on_event, "concurrency_limiter.waited", seconds=seconds, weight=weight)
+
     def _bind(self) -> None:
         self._loop = check_loop(self, self._loop)
         self._waiters.clear()  # whoever waited or held a slot on a loop that is gone does no longer
+        self._timer = None
         self._in_use = 0
+        self._run_time = 0.0
         self._emptied = None
 
     def _refusal(self, reason: str, message: str) -> ConcurrencyLimitExceeded:
@@ -280,48 +354,36 @@ class ConcurrencyLimiter:
         notify(self.on_event, "concurrency_limiter.rejected", reason=reason)
         raise refusal
 
-    async def _wait_in_line(self, weight: int) -> None:
+    def _refuse_if_overloaded(self) -> None:
         if self._closed:
             self._refuse("closed", "the limiter is closed")
         if self._max_queue is not None and len(self._waiters) >= self._max_queue:
             waiting = len(self._waiters)
             self._refuse("queue", f"{self._in_use} are inside and {waiting} wait")
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        waiter = loop.create_future()
-        entry = (waiter, weight)
-        self._waiters.append(entry)
-        timer = None
-        if self._max_wait is not None:
-            timer = loop.call_later(self._max_wait, self._expire, entry)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if not waiter.cancelled() and waiter.exception() is None:
-                self.release(weight)  # granted and cancelled in the same step
-            else:
-                self._leave(entry)
-            raise
-        except ConcurrencyLimitExceeded as refusal:
-            notify(self.on_event, "concurrency_limiter.rejected", reason=refusal.reason)
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-        seconds = loop.time() - start
-        self._waits += 1
-        self._wait_time += seconds
-        if self.on_event is not None:
-            notify(self.on_event, "concurrency_limiter.waited", seconds=seconds, weight=weight)
 
-    def _expire(self, entry: tuple[asyncio.Future[None], int]) -> None:
-        waiter, _ = entry
-        if not waiter.done():
-            message = f"the slots did not become free within {self._max_wait} s"
-            waiter.set_exception(self._refusal("wait", message))
-            self._leave(entry)
+    def _set_timer(self) -> None:
+        """Wait for the first in line: all may wait equally long, so they expire in their order."""
+        due = self._due(self._waiters[0])
+        self._timer = asyncio.get_running_loop().call_at(due, self._expire, due)
 
-    def _leave(self, entry: tuple[asyncio.Future[None], int]) -> None:
+    def _due(self, entry: _Waiter) -> float:
+        return cast("float", entry[2]) + cast("float", self._max_wait)
+
+    def _expire(self, due: float) -> None:
+        """Refuse those whose wait is over, and set the timer for whoever is the first then."""
+        self._timer = None
+        now = max(due, asyncio.get_running_loop().time())
+        while self._waiters and self._due(self._waiters[0]) <= now:
+            waiter, _, _ = self._waiters.popleft()
+            if not waiter.done():
+                message = f"the slots did not become free within {self._max_wait} s"
+                waiter.set_exception(self._refusal("wait", message))
+        if self._waiters:
+            self._set_timer()
+        self._grant()  # a heavy one may have stood in front of lighter ones
+        self._tell_if_empty()
+
+    def _leave(self, entry: _Waiter) -> None:
         if entry in self._waiters:
             self._waiters.remove(entry)
             self._grant()  # it may have stood in front of lighter ones
@@ -330,12 +392,11 @@ class ConcurrencyLimiter:
     def _grant(self) -> None:
         """Hand slots to those in line, in order; a heavy one is not passed by lighter ones."""
         while self._waiters:
-            waiter, weight = self._waiters[0]
+            waiter, weight, _ = self._waiters[0]
             if not waiter.done():
                 if self._in_use + weight > self._limit:
                     return
-                self._in_use += weight
-                self._peak = max(self._peak, self._in_use)
+                self._take(weight)
                 waiter.set_result(None)
             self._waiters.popleft()
 
