@@ -383,7 +383,7 @@ async def test_waiting_and_running_are_counted_apart():
 
 
 async def test_the_run_time_counts_each_slot_and_those_still_in_use():
-    """Run time is in seconds of slots: a heavy caller counts as several, also while it is inside."""
+    """Run time is in seconds of slots: a heavy caller counts as several, also while inside."""
     limiter = ConcurrencyLimiter(5, timed=True)
     await limiter.acquire(3)
     assert limiter.try_acquire(2)
