@@ -261,6 +261,20 @@ def test_cancelled_at_any_step_an_item_is_handed_over_or_still_there():
     assert explore_cancellation(Traffic, scenario, Traffic.whole) > 30
 
 
+async def test_an_item_that_its_receiver_did_not_take_counts_for_the_peak():
+    """What was promised to a receiver that is cancelled in the same step stands in the channel."""
+    channel = Channel(2)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    channel.send_nowait("item")
+    assert channel.statistics().peak == 0
+    receiver.cancel()
+    await asyncio.sleep(0)
+
+    seen = channel.statistics()
+    assert (seen.buffered, seen.peak) == (1, 1)
+
+
 async def test_the_chapters_workload_20_items_through_3_consumers():
     """20 items through 3 consumers: each is handled exactly once, and the program ends."""
     handled = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections import deque
 from collections.abc import AsyncIterable
 from contextlib import aclosing, nullcontext
@@ -116,15 +117,17 @@ class Channel(Generic[T]):
         self._on_drop = on_drop
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._buffer: deque[T] = deque()
-        self._ready = 0  # items in the buffer that are not promised to a receiver
-        self._free = capacity  # slots not taken and not promised to a sender
+        self._promised = 0  # items in the buffer that are promised to a receiver
+        # So many items the buffer may hold: one more for each that is promised, one less for each
+        # slot that is promised to a sender; none when the channel is closed.
+        self._room: float = capacity
         self._senders: deque[asyncio.Future[None]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
         self._open_senders = 0
         self._open_receivers = 0
         self._closed = ""  # why
         self._sent = 0
-        self._least_free = capacity
+        self._peak = 0
         self._dropped = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -138,26 +141,33 @@ class Channel(Generic[T]):
             ChannelClosed: If the channel is closed, before or while this call waits.
             QueueFull: If it is full and ``overflow`` is ``"reject"``.
         """
-        if asyncio.get_running_loop() is not self._loop:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
             self._bind()
-        if self._closed:
-            raise ChannelClosed(self._closed)
-        if self._free > 0:
-            self._free -= 1
-        elif self._overflow == "wait":
-            await self._wait_for_slot()
-        else:
-            self._overflow_with(item)
-            return
-        # As _put does, written out: the call would add a twentieth to the time of an item.
-        self._buffer.append(item)
+        buffer = self._buffer
+        if len(buffer) >= self._room:
+            if self._closed:
+                raise ChannelClosed(self._closed)
+            if self._overflow != "wait":
+                self._overflow_with(item)
+                return
+            waiter = loop.create_future()
+            self._senders.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._give_up_slot(waiter)
+                raise
+            self._room += 1  # the promise is kept
+            if self._closed:
+                raise ChannelClosed(self._closed)
+        # As _put() does, written out: the call would add a twentieth to the time of an item.
+        buffer.append(item)
         self._sent += 1
-        if self._free < self._least_free:  # noqa: PLR1730 -- min() costs more than all of this
-            self._least_free = self._free
         if self._receivers:
             self._offer_item()
-        else:
-            self._ready += 1
+        elif len(buffer) > self._peak:
+            self._note_peak()
 
     def send_nowait(self, item: T) -> None:
         """Put an item into the channel if there is room at once, or do what ``overflow`` says.
@@ -169,11 +179,10 @@ class Channel(Generic[T]):
             QueueFull: If the channel is full, or others wait for room.
             ChannelClosed: If the channel is closed.
         """
-        if self._closed:
-            raise ChannelClosed(self._closed)
-        if self._free > 0:
-            self._free -= 1
+        if len(self._buffer) < self._room:
             self._put(item)
+        elif self._closed:
+            raise ChannelClosed(self._closed)
         else:
             self._overflow_with(item)
 
@@ -186,17 +195,26 @@ class Channel(Generic[T]):
         Raises:
             ChannelClosed: If the channel is closed and empty.
         """
-        if asyncio.get_running_loop() is not self._loop:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
             self._bind()
-        if self._ready > 0:
-            self._ready -= 1
-            if self._senders:
-                self._offer_slot()
-            else:
-                self._free += 1
-        else:
-            await self._wait_for_item()
-        return self._buffer.popleft()
+        buffer = self._buffer
+        if len(buffer) <= self._promised:
+            if self._closed:
+                raise ChannelClosed(self._closed)
+            waiter = loop.create_future()
+            self._receivers.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._give_up_item(waiter)
+                raise
+            self._promised -= 1  # the promise is kept
+            self._room -= 1
+        item = buffer.popleft()
+        if self._senders and len(buffer) < self._room:
+            self._offer_slot()
+        return item
 
     def receive_nowait(self) -> T:
         """Take the oldest item out of the channel if there is one.
@@ -208,10 +226,10 @@ class Channel(Generic[T]):
             ChannelEmpty: If there is none, or others wait for it.
             ChannelClosed: If the channel is closed and empty.
         """
-        if self._ready > 0:
-            self._ready -= 1
+        if len(self._buffer) > self._promised:
+            item = self._buffer.popleft()
             self._offer_slot()
-            return self._buffer.popleft()
+            return item
         if self._closed:
             raise ChannelClosed(self._closed)
         raise ChannelEmpty("the channel holds no item that is not promised")
@@ -285,7 +303,7 @@ class Channel(Generic[T]):
         return ChannelStatistics(
             capacity=self._capacity,
             buffered=len(self._buffer),
-            peak=self._capacity - self._least_free,
+            peak=self._peak,
             sent=self._sent,
             received=self._sent - len(self._buffer),
             dropped=self._dropped,
@@ -298,12 +316,13 @@ class Channel(Generic[T]):
         self._loop = check_loop(self, self._loop)
         self._senders.clear()  # whoever waited on a loop that is gone waits no longer
         self._receivers.clear()
-        self._ready = len(self._buffer)
-        self._free = self._capacity - self._ready
+        self._promised = 0
+        self._room = -math.inf if self._closed else self._capacity
 
     def _close(self, reason: str) -> None:
         first = not self._closed
         self._closed = self._closed or reason
+        self._room = -math.inf
         for line in (self._senders, self._receivers):
             while line:
                 waiter = line.popleft()
@@ -315,12 +334,13 @@ class Channel(Generic[T]):
     def _put(self, item: T) -> None:
         self._buffer.append(item)
         self._sent += 1
-        if self._free < self._least_free:  # noqa: PLR1730 -- min() adds a tenth to a send
-            self._least_free = self._free
         if self._receivers:
             self._offer_item()
-        else:
-            self._ready += 1
+        elif len(self._buffer) > self._peak:
+            self._note_peak()
+
+    def _note_peak(self) -> None:
+        self._peak = max(self._peak, len(self._buffer) - self._promised)
 
     def _overflow_with(self, item: T) -> None:
         """Do what ``overflow`` says with an item for which there is no room."""
@@ -330,51 +350,45 @@ class Channel(Generic[T]):
         self._dropped += 1
         dropped = item
         if self._overflow == "drop_oldest":
-            self._ready -= 1  # a full channel has an item that is not promised
-            dropped = self._buffer.popleft()
+            dropped = self._buffer.popleft()  # a full channel has one that is not promised
             self._sent -= 1
             self._put(item)
         if self._on_drop is not None:
             self._on_drop(dropped)
         notify(self.on_event, "channel.dropped", item=dropped)
 
-    async def _wait_for_slot(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._senders.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if not _leave(self._senders, waiter):
-                self._offer_slot()
-            raise
-        if self._closed:
-            raise ChannelClosed(self._closed)
-
-    async def _wait_for_item(self) -> None:
-        if self._closed:
-            raise ChannelClosed(self._closed)
-        waiter = asyncio.get_running_loop().create_future()
-        self._receivers.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if not _leave(self._receivers, waiter):
-                self._free -= 1  # the item takes its place again
-                self._offer_item()
-            raise
-
     def _offer_slot(self) -> None:
-        """A slot is free: promise it to the first sender in line, or keep it."""
-        self._free += 1
-        if self._senders and self._free > 0 and _wake_first(self._senders):
-            self._free -= 1
+        """If there is a free slot, promise it to the first sender in line."""
+        while self._senders and len(self._buffer) < self._room:
+            waiter = self._senders.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                self._room -= 1
+                return
 
     def _offer_item(self) -> None:
-        """An item is there: promise it to the first receiver in line, or keep it."""
-        if self._receivers and _wake_first(self._receivers):
-            self._offer_slot()  # what is promised takes no place any more
-        else:
-            self._ready += 1
+        """An item is there: promise it to the first receiver in line, if there is one."""
+        while self._receivers:
+            waiter = self._receivers.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                self._promised += 1
+                self._room += 1  # what is promised takes no place any more
+                if self._senders:
+                    self._offer_slot()
+                return
+
+    def _give_up_slot(self, waiter: asyncio.Future[None]) -> None:
+        if not _leave(self._senders, waiter):
+            self._room += 1
+            self._offer_slot()
+
+    def _give_up_item(self, waiter: asyncio.Future[None]) -> None:
+        if not _leave(self._receivers, waiter):
+            self._promised -= 1
+            self._room -= 1  # the item takes its place again
+            self._offer_item()
+            self._note_peak()
 
 
 class _End(Generic[T]):
@@ -449,15 +463,6 @@ class Receiver(_End[T]):
 
     async def __anext__(self) -> T:
         return await anext(self._check_open())
-
-
-def _wake_first(line: deque[asyncio.Future[None]]) -> bool:
-    while line:
-        waiter = line.popleft()
-        if not waiter.done():
-            waiter.set_result(None)
-            return True
-    return False
 
 
 def _leave(line: deque[asyncio.Future[None]], waiter: asyncio.Future[None]) -> bool:
