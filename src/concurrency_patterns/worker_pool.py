@@ -112,7 +112,6 @@ class WorkerPool:
         self._workers: set[asyncio.Task[None]] = set()
         self._begin()
         self._busy = 0
-        self._queued = 0
         self._succeeded = 0
         self._failed = 0
         self._cancelled = 0
@@ -133,7 +132,8 @@ class WorkerPool:
         self._line: deque[_Job] = deque()
         self._lines: list[tuple[int, deque[_Job]]] = [(0, self._line)]
         self._idle: deque[asyncio.Future[None]] = deque()
-        self._waking = False  # a worker was woken for a job and has not run yet
+        self._waking = False  # somebody was woken, and _wake_more has not run since
+        self._wake_due = False  # but it will
 
     async def __aexit__(
         self,
@@ -269,9 +269,11 @@ class WorkerPool:
         self._check_open()
         stream = _Stream(self, fn, source, ordered=ordered)
         try:
-            while not stream.is_finished():
+            while True:
                 job = stream.next_done()
                 if job is None:
+                    if stream.is_finished():
+                        break
                     await stream.wait_for_outcome()
                 elif job.error is None:
                     yield job.result
@@ -289,7 +291,7 @@ class WorkerPool:
         return WorkerPoolStatistics(
             workers=len(self._workers),
             busy=self._busy,
-            queued=self._queued,
+            queued=self._queued(),
             succeeded=self._succeeded,
             failed=self._failed,
             cancelled=self._cancelled,
@@ -337,19 +339,16 @@ class WorkerPool:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> TaskHandle[R]:
-        handle: TaskHandle[R] = TaskHandle()
-        job = _HandleJob(fn, args, kwargs, handle, self)
-        handle._job = job
-        self._enqueue(line, job)
+        handle: TaskHandle[R] = TaskHandle(self, fn, args, kwargs)
+        self._enqueue(line, handle)
         return handle
 
     def _enqueue(self, line: deque[_Job], job: _Job) -> None:
         if self.on_event is not None:
-            now = asyncio.get_running_loop().time()
-            job.times = _Times(now)
+            job._times = _Times()
         line.append(job)
-        self._queued += 1
-        self._wake_for_job()
+        if self._idle and not self._waking:
+            self._waking = _wake(self._idle, 1) > 0
 
     def _line_of(self, level: int) -> deque[_Job]:
         for known, line in self._lines:
@@ -360,110 +359,109 @@ class WorkerPool:
         self._lines.sort(key=lambda pair: pair[0])
         return line
 
-    def _on_withdrawn(self) -> None:
-        self._queued -= 1
+    def _withdraw(self, job: _Job) -> None:
+        """Take a job that was cancelled out of its line."""
+        for _, line in self._lines:
+            if job in line:
+                line.remove(job)
         self._cancelled += 1
+        self._tell_ended(job, "cancelled")
 
     def _tell_ended(self, job: _Job, outcome: str) -> None:
         """Tell how a task ended, if somebody listened when it was submitted."""
-        if job.times is not None:
-            times = job.times.at_end()
+        if job._times is not None:
+            times = job._times.at_end()
             notify(self.on_event, "worker_pool.task_ended", outcome=outcome, **times)
+
+    def _queued(self) -> int:
+        return sum(len(line) for _, line in self._lines)
 
     def _next_job(self) -> _Job | None:
         for _, line in self._lines:
-            while line:
-                job = line.popleft()
-                if not job.withdrawn:
-                    return job
+            if line:
+                return line.popleft()
         return None
 
     async def _work(self) -> None:
         worker = cast("asyncio.Task[None]", asyncio.current_task())
         while not self._aborting and len(self._workers) <= self._size:
             job = self._next_job()
-            if job is not None:
-                self._queued -= 1
-                await self._run(job, worker)
-            elif self._open:
+            if job is None:
+                if not self._open:
+                    return
                 await self._wait_for_job()
-            else:
-                return
-        # A worker that is too many leaves; if it was woken for a task, another one takes that.
-        self._workers.discard(worker)
-        self._wake_for_job()
+                continue
+            job._worker = worker
+            if job._in_queue:
+                self._room.give_back()
+            if job._times is not None:
+                job._times.start()
+            self._busy += 1
+            outcome = "ok"
+            try:
+                result = await (job._call() if self._bare else self._guarded(job))
+                self._succeeded += 1
+                job._end(result)
+            except asyncio.CancelledError as error:
+                outcome = "cancelled"
+                self._cancelled += 1
+                job._fail(error)
+                if self._aborting:
+                    raise
+            except BaseException as error:
+                outcome = "error"
+                self._failed += 1
+                job._fail(error)
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    raise
+            finally:
+                self._busy -= 1
+                if job._times is not None:
+                    self._tell_ended(job, outcome)
+            if worker.cancelling():
+                await _forget_cancellation(worker)
+            job = result = None  # not kept alive while this worker waits
+        self._workers.discard(worker)  # it was one too many
 
     async def _wait_for_job(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
         self._idle.append(waiter)
         try:
             await waiter
-        except asyncio.CancelledError:
-            self._waking = False
-            self._wake_for_job()
-            raise
-        self._waking = False
-        # One wakes the next, as long as there are jobs: so workers sleep on whose jobs would be
-        # done before they begin.
-        self._wake_for_job(but=1)
-
-    def _wake_for_job(self, but: int = 0) -> None:
-        """Wake an idle worker if there are jobs, ``but`` as many as are taken anyway."""
-        if self._queued > but and not self._waking and self._idle:
-            self._waking = _wake(self._idle, 1) > 0
-
-    async def _run(self, job: _Job, worker: asyncio.Task[None]) -> None:
-        job.start(worker)
-        self._busy += 1
-        if job.times is not None:
-            job.times.start()
-        outcome = "error"
-        try:
-            if self._bare:
-                result = await job.call()
-            else:
-                result = await self._guarded(job)
-        except asyncio.CancelledError as error:
-            self._cancelled += 1
-            outcome = "cancelled"
-            job.end_cancelled(error)
-            if self._aborting:
-                raise
-        except BaseException as error:
-            self._failed += 1
-            job.end(None, error)
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-        else:
-            self._succeeded += 1
-            outcome = "ok"
-            job.end(result, None)
         finally:
-            self._busy -= 1
-            if job.times is not None:
-                self._tell_ended(job, outcome)
-        if worker.cancelling():
-            await _forget_cancellation(worker)
+            if not self._wake_due:
+                self._wake_due = True
+                asyncio.get_running_loop().call_soon(self._wake_more)
+
+    def _wake_more(self) -> None:
+        """Wake as many workers again as are at work, when those woken before have begun.
+
+        Not all at once: jobs that end without waiting are done by the first one, before the
+        others would even run.
+        """
+        self._wake_due = False
+        wanted = min(self._queued(), max(self._busy, 1))
+        self._waking = _wake(self._idle, wanted) > 0
 
     async def _guarded(self, job: _Job) -> Any:
         if self._limiter is None:
             return await self._timed(job)
         async with self._limiter:
-            if job.times is not None:
-                job.times.start()
+            if job._times is not None:
+                job._times.start()
             return await self._timed(job)
 
     async def _timed(self, job: _Job) -> Any:
         if self._task_timeout is None:
-            return await job.call()
+            return await job._call()
         async with deadline(self._task_timeout):
-            return await job.call()
+            return await job._call()
 
     async def _abort(self) -> None:
         self._aborting = True
         while (job := self._next_job()) is not None:
-            self._on_withdrawn()
-            job.end_cancelled(asyncio.CancelledError("the pool was closed"))
+            self._cancelled += 1
+            job._fail(asyncio.CancelledError("the pool was closed"))
             self._tell_ended(job, "cancelled")
         cancelled = await _cancel_and_wait(self._workers)
         if cancelled is not None:
@@ -498,33 +496,66 @@ class TaskHandle(asyncio.Future[R], Generic[R]):
     and may clean up first. An error that nobody asks for is logged by asyncio.
     """
 
-    _job: _HandleJob
+    _in_queue = True
+    _worker: asyncio.Task[None] | None = None
+    _times: _Times | None = None
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        fn: Callable[..., Awaitable[R]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self._pool = pool
+        self._fn = fn
+        self._args = args
+        self._kwargs = kwargs
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Cancel the task; return ``False`` if it has ended already."""
-        return not self.done() and self._job.cancel(msg)
-
-    def _end_cancelled(self) -> None:
+        if self.done():
+            return False
+        if self._worker is not None:
+            return self._worker.cancel(msg)  # this ends when the task has cleaned up
         super().cancel()
+        self._pool._withdraw(self)
+        self._pool._room.give_back()
+        return True
+
+    def _call(self) -> Awaitable[R]:
+        return self._fn(*self._args, **self._kwargs)
+
+    def _end(self, result: R) -> None:
+        self._worker = None
+        self.set_result(result)
+
+    def _fail(self, error: BaseException) -> None:
+        self._worker = None
+        if isinstance(error, asyncio.CancelledError):
+            super().cancel()
+        elif isinstance(error, StopIteration):  # a future refuses it, as a coroutine does
+            self.set_exception(RuntimeError("the task raised StopIteration"))
+        else:
+            self.set_exception(error)
 
 
 class _Job(Protocol):
     """A call that waits for a worker or runs on one."""
 
-    withdrawn: bool  # still in its line, but no worker shall take it
-    times: _Times | None  # if somebody wants to know
+    _in_queue: bool  # it takes a place in the queue while it waits
+    _worker: asyncio.Task[None] | None  # that runs it
+    _times: _Times | None  # if somebody wants to know
 
-    def call(self) -> Awaitable[Any]:
+    def _call(self) -> Awaitable[Any]:
         """Make the call."""
 
-    def start(self, worker: asyncio.Task[None]) -> None:
-        """Take note that it runs now."""
+    def _end(self, result: Any) -> None:
+        """Take note of its result."""
 
-    def end(self, result: Any, error: BaseException | None) -> None:
-        """Take note of its outcome."""
-
-    def end_cancelled(self, error: asyncio.CancelledError) -> None:
-        """Take note that it was cancelled, or raised CancelledError by itself."""
+    def _fail(self, error: BaseException) -> None:
+        """Take note of its error, or that it was cancelled."""
 
 
 class _Times:
@@ -532,8 +563,8 @@ class _Times:
 
     __slots__ = ("_began", "_queued")
 
-    def __init__(self, now: float) -> None:
-        self._queued = now
+    def __init__(self) -> None:
+        self._queued = asyncio.get_running_loop().time()
         self._began: float | None = None
 
     def start(self) -> None:
@@ -545,93 +576,39 @@ class _Times:
         return {"seconds": now - began, "waited": began - self._queued}
 
 
-class _HandleJob:
-    """A job whose outcome goes into a handle, and which takes a place in the queue."""
-
-    __slots__ = ("_args", "_fn", "_handle", "_kwargs", "_pool", "_worker", "times", "withdrawn")
-
-    def __init__(
-        self,
-        fn: Callable[..., Awaitable[Any]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        handle: TaskHandle[Any],
-        pool: WorkerPool,
-    ) -> None:
-        self._fn = fn
-        self._args = args
-        self._kwargs = kwargs
-        self._handle = handle
-        self._pool = pool
-        self._worker: asyncio.Task[None] | None = None
-        self.times: _Times | None = None
-        self.withdrawn = False
-
-    def call(self) -> Awaitable[Any]:
-        return self._fn(*self._args, **self._kwargs)
-
-    def start(self, worker: asyncio.Task[None]) -> None:
-        self._worker = worker
-        self._pool._room.give_back()
-
-    def end(self, result: Any, error: BaseException | None) -> None:
-        self._worker = None
-        if error is None:
-            self._handle.set_result(result)
-        elif isinstance(error, StopIteration):  # a future refuses it, as a coroutine does
-            self._handle.set_exception(RuntimeError("the task raised StopIteration"))
-        else:
-            self._handle.set_exception(error)
-
-    def end_cancelled(self, error: asyncio.CancelledError) -> None:
-        self._worker = None
-        self._handle._end_cancelled()
-
-    def cancel(self, msg: Any | None) -> bool:
-        if self._worker is not None:
-            return self._worker.cancel(msg)  # the handle ends when the task has cleaned up
-        self.withdrawn = True
-        self._pool._on_withdrawn()
-        self._pool._room.give_back()
-        self._handle._end_cancelled()
-        self._pool._tell_ended(self, "cancelled")
-        return True
-
-
 class _StreamJob:
     """A job of a map: it keeps its outcome until the reader comes by."""
 
-    __slots__ = ("_item", "_stream", "done", "error", "result", "times", "withdrawn", "worker")
+    _in_queue = False  # the window of its map bounds how many there are
+    _worker: asyncio.Task[None] | None = None
+    _times: _Times | None = None
+    done = False
+    result: Any = None
+    error: BaseException | None = None
 
     def __init__(self, stream: _Stream, item: Any) -> None:
         self._stream = stream
         self._item = item
-        self.worker: asyncio.Task[None] | None = None
-        self.times: _Times | None = None
-        self.withdrawn = False
-        self.done = False
-        self.result: Any = None
-        self.error: BaseException | None = None
 
-    def call(self) -> Awaitable[Any]:
+    def _call(self) -> Awaitable[Any]:
         return self._stream.fn(self._item)
 
-    def start(self, worker: asyncio.Task[None]) -> None:
-        self.worker = worker
-
-    def end(self, result: Any, error: BaseException | None) -> None:
-        self.worker = None
-        self.done = True
+    def _end(self, result: Any) -> None:
+        self._worker = None
         self.result = result
-        self.error = error
+        self.done = True
         self._stream.on_done(self)
 
-    def end_cancelled(self, error: asyncio.CancelledError) -> None:
-        fault: PatternError = PoolClosed("the pool was closed")
-        if not self._stream.pool._aborting:
-            fault = PatternError(f"the call with {self._item!r} raised CancelledError by itself")
-        fault.__cause__ = error
-        self.end(None, fault)
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            fault: PatternError = PoolClosed("the pool was closed")
+            if not self._stream.pool._aborting:
+                told = f"the call with {self._item!r} raised CancelledError by itself"
+                fault = PatternError(told)
+            fault.__cause__ = error
+            error = fault
+        self.error = error
+        self._end(None)
 
 
 class _Stream:
@@ -650,8 +627,7 @@ class _Stream:
         self.failure: BaseException | None = None  # of the source
         self._ordered = ordered
         self._started: deque[_StreamJob] = deque()  # in the order of the items
-        self._ready: deque[_StreamJob] = deque()  # in the order of their ends, if that matters
-        self._out = 0  # jobs whose outcome the reader has not got
+        self._ready: deque[_StreamJob] = deque()  # unordered: those that are done
         self._reading = True
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
@@ -662,7 +638,7 @@ class _Stream:
             self._feeder.add_done_callback(self._on_fed)
         else:
             self._items = iter(source)
-            self._read_ahead()
+            self._read_ahead(self._items)
 
     def next_done(self) -> _StreamJob | None:
         """Return the job whose outcome is to be given out next, if it is there."""
@@ -670,51 +646,52 @@ class _Stream:
         if not line or not line[0].done:
             return None
         job = line.popleft()
-        self._out -= 1
-        if not self._ordered:
-            self._started.remove(job)
         if self._items is not None:
-            self._read_ahead()
+            self._read_ahead(self._items)
         elif self._room is not None and not self._room.done():
             self._room.set_result(None)
         return job
 
     def is_finished(self) -> bool:
         """Tell whether the source is at its end, and the reader has got all outcomes."""
-        return self._out == 0 and not self._reading
+        return not (self._started or self._ready or self._reading)
 
     async def wait_for_outcome(self) -> None:
         """Wait until :meth:`next_done` may have something new."""
         self._reader = asyncio.get_running_loop().create_future()
-        await self._reader
+        try:
+            await self._reader
+        finally:
+            self._reader = None
 
     def on_done(self, job: _StreamJob) -> None:
         """Take note of an outcome; called by the job."""
         if not self._ordered:
+            self._started.remove(job)
             self._ready.append(job)
         elif self._started[0] is not job:
             return  # not its turn
-        self._wake_reader()
+        if self._reader is not None:
+            self._wake_reader()
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
     def _has_room(self) -> bool:
-        return self._out < 2 * self.pool._size
+        return len(self._started) + len(self._ready) < 2 * self.pool._size
 
     def _start(self, item: Any) -> None:
-        self.pool._check_open()  # it may have been closed between two results
+        pool = self.pool
+        if not pool._open:  # it may have been closed between two results
+            raise PoolClosed("the pool was closed")
         job = _StreamJob(self, item)
-        self._out += 1
         self._started.append(job)
-        self.pool._enqueue(self.pool._line, job)
+        pool._enqueue(pool._line, job)
 
-    def _read_ahead(self) -> None:
+    def _read_ahead(self, items: Iterator[Any]) -> None:
         """Read an iterable as far as the window allows."""
-        items = cast("Iterator[Any]", self._items)
-        most = 2 * self.pool._size
-        while self._out < most and self._reading:
+        while self._reading and len(self._started) + len(self._ready) < 2 * self.pool._size:
             try:
                 self._start(next(items))
             except StopIteration:
@@ -745,19 +722,20 @@ class _Stream:
 
     async def close(self) -> None:
         """Stop reading, withdraw what has not been started, cancel what runs, wait for it."""
-        running = {job.worker: job for job in self._started if job.worker is not None}
+        running = []
         for job in self._started:
-            if job.worker is None and not job.done:
-                job.withdrawn = True
-                self.pool._on_withdrawn()
-                self.pool._tell_ended(job, "cancelled")
+            if job._worker is not None:
+                running.append(job)
+            elif not job.done:
+                self.pool._withdraw(job)
         self._ordered = False  # from here on, every end wakes us
         cancelled: asyncio.CancelledError | None = None
         if self._feeder is not None:
             cancelled = await _cancel_and_wait([self._feeder])
-        for worker in running:
-            worker.cancel()
-        while not all(job.done for job in running.values()):
+        for job in running:
+            if job._worker is not None:
+                job._worker.cancel()
+        while not all(job.done for job in running):
             try:
                 await self.wait_for_outcome()
             except asyncio.CancelledError as error:
