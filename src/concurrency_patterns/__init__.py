@@ -57,7 +57,7 @@ from .timeout import (
     remaining,
 )
 from .token_bucket import TokenBucket, TokenBuckets
-from .worker_pool import TaskHandle, WorkerPool, bounded_map
+from .worker_pool import WorkerPool, bounded_map
 
 __all__ = [
     "Alternative",
@@ -103,7 +103,6 @@ __all__ = [
     "RetryBudget",
     "SlowCallRate",
     "StaleCache",
-    "TaskHandle",
     "Timeout",
     "TokenBucket",
     "TokenBuckets",

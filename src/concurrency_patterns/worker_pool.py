@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
+import heapq
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from .errors import (
     PatternError,
@@ -26,11 +30,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
-__all__ = ["Submitter", "TaskHandle", "WorkerPool", "WorkerPoolStatistics", "bounded_map"]
+__all__ = ["Submitter", "WorkerPool", "WorkerPoolStatistics", "bounded_map"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+Outcome: TypeAlias = Literal["ok", "error", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,8 @@ class WorkerPoolStatistics:
     """What a worker pool does and has done.
 
     Attributes:
-        workers: How many workers there are.
-        busy: How many of them run a task now.
+        workers: How many tasks may run at the same time; 0 if the pool does not run.
+        busy: How many workers have a task now.
         queued: How many tasks wait for a worker.
         succeeded: How many tasks returned.
         failed: How many tasks raised.
@@ -55,15 +60,20 @@ class WorkerPoolStatistics:
 
 
 class WorkerPool:
-    """Run tasks on a fixed number of workers, fed from a bounded queue.
+    """Run a few tasks at a time, fed from a bounded queue.
 
     One asyncio task for each of a million jobs costs memory for all of them at once, and starts
     all of them at once. A pool starts a few and makes whoever submits wait when the queue is
-    full (backpressure). Every task has a handle with its result or its error.
+    full (backpressure). Every task has a handle with its result or its error, which is an
+    :class:`asyncio.Task`: await it, or cancel it.
 
     Use it with ``async with``. Leaving the block normally waits until all submitted tasks are
     done; leaving it with an exception, a cancellation included, cancels them. A task that raises
     anything whatever does not cost a worker.
+
+    A submitted task sees the context variables of its submitter, as one of
+    :func:`asyncio.create_task` does, a :func:`~concurrency_patterns.timeout.deadline` among them;
+    what it sets itself nobody else sees.
 
     Args:
         workers: How many tasks run at the same time.
@@ -87,6 +97,9 @@ class WorkerPool:
     The thread pool of POSA2 (Schmidt et al., 2000), with the lifetime of structured concurrency.
     """
 
+    # A worker is a place that an asyncio task takes while it runs: a submitted task, or one that
+    # handles items of a map.
+
     def __init__(
         self,
         workers: int,
@@ -104,36 +117,31 @@ class WorkerPool:
         self._size = workers
         self._queue_size = queue_size
         self._task_timeout = task_timeout
-        self._limiter = limiter
-        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
+        self._limiter: AbstractAsyncContextManager[object] = nullcontext()
+        if limiter is not None:
+            self._limiter = limiter
         self._bare = task_timeout is None and limiter is None
-        self._open = False
-        self._aborting = False
-        self._workers: set[asyncio.Task[None]] = set()
-        self._begin()
-        self._busy = 0
-        self._succeeded = 0
-        self._failed = 0
-        self._cancelled = 0
+        self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def __aenter__(self) -> WorkerPool:
-        self._loop = check_loop(self, self._loop)
-        if self._workers:
-            raise RuntimeError("this WorkerPool is running already")
-        self._open = True
-        self._aborting = False
         self._begin()
-        self.resize(self._size)
-        return self
+        self._open = False
+        self._ended: dict[Outcome, int] = {"ok": 0, "error": 0, "cancelled": 0}
 
     def _begin(self) -> None:
-        self._room = _Room(self._queue_size)
-        self._line: deque[_Job] = deque()
-        self._lines: list[tuple[int, deque[_Job]]] = [(0, self._line)]
-        self._idle: deque[asyncio.Future[None]] = deque()
-        self._waking = False  # somebody was woken, and _wake_more has not run since
-        self._wake_due = False  # but it will
+        self._open = True
+        self._aborting = False
+        self._workers = _Places(self._size)
+        self._queue = _Places(self._queue_size)  # for tasks that have no worker yet
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._maps: set[_Map] = set()
+
+    async def __aenter__(self) -> WorkerPool:
+        loop = check_loop(self, self._loop)
+        if loop is self._loop and (self._open or self._tasks):
+            raise RuntimeError("this WorkerPool is running already")
+        self._loop = loop
+        self._begin()
+        return self
 
     async def __aexit__(
         self,
@@ -144,7 +152,7 @@ class WorkerPool:
         await self.close(grace=None if error is None else 0)
 
     async def close(self, grace: float | None = None) -> None:
-        """Take no more tasks, finish those that were taken, and stop the workers.
+        """Take no more tasks, finish those that were taken, and stop.
 
         Args:
             grace: The time to finish in seconds; what is not done then is cancelled. ``None``
@@ -152,17 +160,31 @@ class WorkerPool:
 
         Raises:
             ValueError: If ``grace`` is negative or not finite.
+            RuntimeError: If a task of the pool calls it, as it would wait for itself.
         """
         if grace is not None:
             check_seconds("grace", grace)
+        if asyncio.current_task() in self._tasks:
+            raise RuntimeError("a task of a WorkerPool cannot close it: it would wait for itself")
         self._open = False
-        self._room.wake_all()
-        _wake(self._idle, len(self._idle))
+        self._queue.let_all_in()  # to be told
+        feeders = [task for reading in self._maps for task in reading.stop_reading()]
         try:
-            if self._workers and grace != 0:
-                await asyncio.wait(self._workers, timeout=grace)
+            if grace != 0:
+                await self._drain(grace)
         finally:
-            await self._abort()
+            self._aborting = True
+            await _cancel_and_wait([*self._tasks, *feeders])
+
+    async def _drain(self, grace: float | None) -> None:
+        scope = asyncio.timeout(grace)
+        try:
+            async with scope:
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        except TimeoutError:
+            if not scope.expired():
+                raise
 
     def resize(self, workers: int) -> None:
         """Change the number of workers.
@@ -177,17 +199,11 @@ class WorkerPool:
         """
         check_count("workers", workers)
         self._size = workers
-        if not self._open:
-            return
-        for _ in range(workers - len(self._workers)):
-            worker = asyncio.create_task(self._work(), name="worker")
-            self._workers.add(worker)
-            worker.add_done_callback(self._on_worker_ended)
-        _wake(self._idle, len(self._workers) - workers)
+        self._workers.resize(workers)
 
     async def submit(
         self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> TaskHandle[R]:
+    ) -> asyncio.Task[R]:
         """Put a task into the queue; wait while the queue is full.
 
         Args:
@@ -201,11 +217,11 @@ class WorkerPool:
         Raises:
             PoolClosed: If the pool is not running, or is closed while this call waits.
         """
-        return await self._submit(self._line, fn, args, kwargs)
+        return await self._submit(0, fn, args, kwargs)
 
     def submit_nowait(
         self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> TaskHandle[R]:
+    ) -> asyncio.Task[R]:
         """Put a task into the queue if there is room.
 
         Args:
@@ -220,7 +236,7 @@ class WorkerPool:
             QueueFull: If the queue is full, or others wait for room.
             PoolClosed: If the pool is not running.
         """
-        return self._submit_nowait(self._line, fn, args, kwargs)
+        return self._submit_nowait(0, fn, args, kwargs)
 
     def priority(self, level: int) -> Submitter:
         """Return what submits tasks with another priority.
@@ -250,6 +266,9 @@ class WorkerPool:
         workers, so it may be endless. A result is yielded as soon as it is its turn, even while
         the source makes everybody wait for its next item.
 
+        A worker handles one item after the other: a context variable that ``fn`` sets may be seen
+        with a later item, but not outside of the map.
+
         Args:
             fn: An asynchronous function of one argument.
             source: The items; an iterable or an asynchronous one.
@@ -267,205 +286,134 @@ class WorkerPool:
         if on_error not in {"raise", "return", "skip"}:
             raise ValueError(f"on_error must be 'raise', 'return' or 'skip', got {on_error!r}")
         self._check_open()
-        stream = _Stream(self, fn, source, ordered=ordered)
+        reading = _Map(self, fn, source, ordered=ordered)
+        self._maps.add(reading)
         try:
             while True:
-                job = stream.next_done()
-                if job is None:
-                    if stream.is_finished():
+                item = reading.next_done()
+                if item is None:
+                    if reading.is_finished():
                         break
-                    await stream.wait_for_outcome()
-                elif job.error is None:
-                    yield job.result
-                elif on_error == "raise" or not isinstance(job.error, Exception):
-                    raise job.error
+                    await reading.wait_for_outcome()
+                elif item.error is None:
+                    yield item.result
+                elif on_error == "raise" or not isinstance(item.error, Exception):
+                    raise item.error
                 elif on_error == "return":
-                    yield cast("R", job.error)
-            if stream.failure is not None:
-                raise stream.failure  # of the source: it comes behind what the source gave
+                    yield cast("R", item.error)
+            if reading.failure is not None:
+                raise reading.failure  # of the source: it comes behind what the source gave
         finally:
-            await stream.close()
+            await reading.close()
+            self._maps.discard(reading)
 
     def statistics(self) -> WorkerPoolStatistics:
         """Return what the pool does and has done."""
         return WorkerPoolStatistics(
-            workers=len(self._workers),
-            busy=self._busy,
-            queued=self._queued(),
-            succeeded=self._succeeded,
-            failed=self._failed,
-            cancelled=self._cancelled,
+            workers=self._size if self._open else self._workers.taken,
+            busy=self._workers.taken,
+            queued=self._queue.taken + sum(len(reading.waiting) for reading in self._maps),
+            succeeded=self._ended["ok"],
+            failed=self._ended["error"],
+            cancelled=self._ended["cancelled"],
         )
 
-    def _on_worker_ended(self, worker: asyncio.Task[None]) -> None:
-        self._workers.discard(worker)
-        if worker.cancelled() and self._open:
-            self.resize(self._size)  # somebody else has cancelled it: another takes its place
-
     def _check_open(self) -> None:
-        if not self._open:
-            raise PoolClosed("the pool does not run: use it inside of `async with`")
+        if asyncio.get_running_loop() is not self._loop:
+            check_loop(self, self._loop)
+        elif self._open:
+            return
+        raise PoolClosed("the pool does not run: use it inside of `async with`")
 
     async def _submit(
         self,
-        line: deque[_Job],
+        level: int,
         fn: Callable[..., Awaitable[R]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> TaskHandle[R]:
+    ) -> asyncio.Task[R]:
         self._check_open()
-        await self._room.take()
+        await self._queue.take()
         if not self._open:
+            self._queue.give_back()
             raise PoolClosed("the pool was closed while submit waited for room")
-        return self._enqueue_handle(line, fn, args, kwargs)
+        return self._start(level, fn, args, kwargs)
 
     def _submit_nowait(
         self,
-        line: deque[_Job],
+        level: int,
         fn: Callable[..., Awaitable[R]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> TaskHandle[R]:
+    ) -> asyncio.Task[R]:
         self._check_open()
-        if not self._room.try_take():
+        if not self._queue.try_take():
             notify(self.on_event, "worker_pool.rejected")
             raise QueueFull(f"{self._queue_size} tasks wait for a worker already")
-        return self._enqueue_handle(line, fn, args, kwargs)
+        return self._start(level, fn, args, kwargs)
 
-    def _enqueue_handle(
+    def _start(
         self,
-        line: deque[_Job],
+        level: int,
         fn: Callable[..., Awaitable[R]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> TaskHandle[R]:
-        handle: TaskHandle[R] = TaskHandle(self, fn, args, kwargs)
-        self._enqueue(line, handle)
-        return handle
+    ) -> asyncio.Task[R]:
+        job = _Job(self.on_event is not None)
+        task = asyncio.create_task(self._run(job, level, fn, args, kwargs))
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._on_ended, job))
+        return task
 
-    def _enqueue(self, line: deque[_Job], job: _Job) -> None:
-        if self.on_event is not None:
-            job._times = _Times()
-        line.append(job)
-        if self._idle and not self._waking:
-            self._waking = _wake(self._idle, 1) > 0
-
-    def _line_of(self, level: int) -> deque[_Job]:
-        for known, line in self._lines:
-            if known == level:
-                return line
-        line = deque()
-        self._lines.append((level, line))
-        self._lines.sort(key=lambda pair: pair[0])
-        return line
-
-    def _withdraw(self, job: _Job) -> None:
-        """Take a job that was cancelled out of its line."""
-        for _, line in self._lines:
-            if job in line:
-                line.remove(job)
-        self._cancelled += 1
-        self._tell_ended(job, "cancelled")
-
-    def _tell_ended(self, job: _Job, outcome: str) -> None:
-        """Tell how a task ended, if somebody listened when it was submitted."""
-        if job._times is not None:
-            times = job._times.at_end()
-            notify(self.on_event, "worker_pool.task_ended", outcome=outcome, **times)
-
-    def _queued(self) -> int:
-        return sum(len(line) for _, line in self._lines)
-
-    def _next_job(self) -> _Job | None:
-        for _, line in self._lines:
-            if line:
-                return line.popleft()
-        return None
-
-    async def _work(self) -> None:
-        worker = cast("asyncio.Task[None]", asyncio.current_task())
-        while not self._aborting and len(self._workers) <= self._size:
-            job = self._next_job()
-            if job is None:
-                if not self._open:
-                    return
-                await self._wait_for_job()
-                continue
-            job._worker = worker
-            if job._in_queue:
-                self._room.give_back()
-            if job._times is not None:
-                job._times.start()
-            self._busy += 1
-            outcome = "ok"
-            try:
-                result = await (job._call() if self._bare else self._guarded(job))
-                self._succeeded += 1
-                job._end(result)
-            except asyncio.CancelledError as error:
-                outcome = "cancelled"
-                self._cancelled += 1
-                job._fail(error)
-                if self._aborting:
-                    raise
-            except BaseException as error:
-                outcome = "error"
-                self._failed += 1
-                job._fail(error)
-                if isinstance(error, KeyboardInterrupt | SystemExit):
-                    raise
-            finally:
-                self._busy -= 1
-                if job._times is not None:
-                    self._tell_ended(job, outcome)
-            if worker.cancelling():
-                await _forget_cancellation(worker)
-            job = result = None  # not kept alive while this worker waits
-        self._workers.discard(worker)  # it was one too many
-
-    async def _wait_for_job(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._idle.append(waiter)
+    async def _run(
+        self,
+        job: _Job,
+        level: int,
+        fn: Callable[..., Awaitable[R]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> R:
+        """Wait for a worker, then make the call: the task of a submitted function."""
+        await self._workers.take(level)
         try:
-            await waiter
+            job.is_queued = False
+            self._queue.give_back()
+            if self._bare and job.times is None:
+                result = await fn(*args, **kwargs)
+            else:
+                result = await self._guarded(functools.partial(fn, *args, **kwargs), job.times)
+        except BaseException:
+            job.outcome = "error"  # unless the task ends as cancelled
+            raise
+        else:
+            job.outcome = "ok"
+            return result
         finally:
-            if not self._wake_due:
-                self._wake_due = True
-                asyncio.get_running_loop().call_soon(self._wake_more)
+            self._workers.give_back()
 
-    def _wake_more(self) -> None:
-        """Wake as many workers again as are at work, when those woken before have begun.
+    def _on_ended(self, job: _Job, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if job.is_queued:  # it was cancelled before it had a worker
+            self._queue.give_back()
+        outcome = "cancelled" if task.cancelled() else job.outcome
+        self._ended[outcome] += 1
+        if job.times is not None:
+            self._tell_ended(outcome, job.times)
 
-        Not all at once: jobs that end without waiting are done by the first one, before the
-        others would even run.
-        """
-        self._wake_due = False
-        wanted = min(self._queued(), max(self._busy, 1))
-        self._waking = _wake(self._idle, wanted) > 0
-
-    async def _guarded(self, job: _Job) -> Any:
-        if self._limiter is None:
-            return await self._timed(job)
+    async def _guarded(self, call: Callable[[], Awaitable[R]], times: _Times | None) -> R:
+        if times is not None:
+            times.start()
         async with self._limiter:
-            if job._times is not None:
-                job._times.start()
-            return await self._timed(job)
+            if times is not None:
+                times.start()
+            if self._task_timeout is None:
+                return await call()
+            async with deadline(self._task_timeout):
+                return await call()
 
-    async def _timed(self, job: _Job) -> Any:
-        if self._task_timeout is None:
-            return await job._call()
-        async with deadline(self._task_timeout):
-            return await job._call()
-
-    async def _abort(self) -> None:
-        self._aborting = True
-        while (job := self._next_job()) is not None:
-            self._cancelled += 1
-            job._fail(asyncio.CancelledError("the pool was closed"))
-            self._tell_ended(job, "cancelled")
-        cancelled = await _cancel_and_wait(self._workers)
-        if cancelled is not None:
-            raise cancelled
+    def _tell_ended(self, outcome: Outcome, times: _Times) -> None:
+        told = times.at_end()
+        notify(self.on_event, "worker_pool.task_ended", outcome=outcome, **told)
 
 
 class Submitter:
@@ -477,89 +425,28 @@ class Submitter:
 
     async def submit(
         self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> TaskHandle[R]:
+    ) -> asyncio.Task[R]:
         """Submit as :meth:`WorkerPool.submit` does, with this priority."""
-        return await self._pool._submit(self._pool._line_of(self._level), fn, args, kwargs)
+        return await self._pool._submit(self._level, fn, args, kwargs)
 
     def submit_nowait(
         self, fn: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> TaskHandle[R]:
+    ) -> asyncio.Task[R]:
         """Submit as :meth:`WorkerPool.submit_nowait` does, with this priority."""
-        return self._pool._submit_nowait(self._pool._line_of(self._level), fn, args, kwargs)
+        return self._pool._submit_nowait(self._level, fn, args, kwargs)
 
 
-class TaskHandle(asyncio.Future[R], Generic[R]):
-    """What has become of a submitted task: await it for the result, or cancel it.
+class _Job:
+    """What the pool knows of a submitted task, besides that it is one."""
 
-    It is an :class:`asyncio.Future`. Cancelling it, or the await of it, cancels the task: a
-    queued one never starts, a running one gets :exc:`asyncio.CancelledError` at its next await
-    and may clean up first. An error that nobody asks for is logged by asyncio.
-    """
-
-    _in_queue = True
-    _worker: asyncio.Task[None] | None = None
-    _times: _Times | None = None
-
-    def __init__(
-        self,
-        pool: WorkerPool,
-        fn: Callable[..., Awaitable[R]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self._pool = pool
-        self._fn = fn
-        self._args = args
-        self._kwargs = kwargs
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        """Cancel the task; return ``False`` if it has ended already."""
-        if self.done():
-            return False
-        if self._worker is not None:
-            return self._worker.cancel(msg)  # this ends when the task has cleaned up
-        super().cancel()
-        self._pool._withdraw(self)
-        self._pool._room.give_back()
-        return True
-
-    def _call(self) -> Awaitable[R]:
-        return self._fn(*self._args, **self._kwargs)
-
-    def _end(self, result: R) -> None:
-        self._worker = None
-        self.set_result(result)
-
-    def _fail(self, error: BaseException) -> None:
-        self._worker = None
-        if isinstance(error, asyncio.CancelledError):
-            super().cancel()
-        elif isinstance(error, StopIteration):  # a future refuses it, as a coroutine does
-            self.set_exception(RuntimeError("the task raised StopIteration"))
-        else:
-            self.set_exception(error)
-
-
-class _Job(Protocol):
-    """A call that waits for a worker or runs on one."""
-
-    _in_queue: bool  # it takes a place in the queue while it waits
-    _worker: asyncio.Task[None] | None  # that runs it
-    _times: _Times | None  # if somebody wants to know
-
-    def _call(self) -> Awaitable[Any]:
-        """Make the call."""
-
-    def _end(self, result: Any) -> None:
-        """Take note of its result."""
-
-    def _fail(self, error: BaseException) -> None:
-        """Take note of its error, or that it was cancelled."""
+    def __init__(self, timed: bool) -> None:
+        self.is_queued = True
+        self.outcome: Outcome = "cancelled"
+        self.times = _Times() if timed else None
 
 
 class _Times:
-    """When a job was put into its line, and when it began to run."""
+    """When a task was put into its line, and when it began to run."""
 
     __slots__ = ("_began", "_queued")
 
@@ -576,43 +463,25 @@ class _Times:
         return {"seconds": now - began, "waited": began - self._queued}
 
 
-class _StreamJob:
-    """A job of a map: it keeps its outcome until the reader comes by."""
+class _Item:
+    """An item of a map; it keeps its outcome until the reader comes by."""
 
-    _in_queue = False  # the window of its map bounds how many there are
-    _worker: asyncio.Task[None] | None = None
-    _times: _Times | None = None
     done = False
     result: Any = None
     error: BaseException | None = None
 
-    def __init__(self, stream: _Stream, item: Any) -> None:
-        self._stream = stream
-        self._item = item
+    times: _Times | None = None  # if somebody listens
 
-    def _call(self) -> Awaitable[Any]:
-        return self._stream.fn(self._item)
-
-    def _end(self, result: Any) -> None:
-        self._worker = None
-        self.result = result
-        self.done = True
-        self._stream.on_done(self)
-
-    def _fail(self, error: BaseException) -> None:
-        if isinstance(error, asyncio.CancelledError):
-            fault: PatternError = PoolClosed("the pool was closed")
-            if not self._stream.pool._aborting:
-                told = f"the call with {self._item!r} raised CancelledError by itself"
-                fault = PatternError(told)
-            fault.__cause__ = error
-            error = fault
-        self.error = error
-        self._end(None)
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
-class _Stream:
-    """The jobs of a map between the source and the reader: a window that moves along."""
+class _Map:
+    """A map: a window of items that moves along between the source and the reader.
+
+    Its workers are tasks that handle items as long as some wait. They begin when there are items,
+    and end when there are none, or when others wait for a worker.
+    """
 
     def __init__(
         self,
@@ -622,35 +491,41 @@ class _Stream:
         *,
         ordered: bool,
     ) -> None:
-        self.fn = fn
-        self.pool = pool
         self.failure: BaseException | None = None  # of the source
+        self.waiting: deque[_Item] = deque()  # for a worker
+        self._pool = pool
+        self._fn = fn
         self._ordered = ordered
-        self._started: deque[_StreamJob] = deque()  # in the order of the items
-        self._ready: deque[_StreamJob] = deque()  # unordered: those that are done
+        self._started: deque[_Item] = deque()  # in the order of the source
+        self._ready: deque[_Item] = deque()  # unordered: those that are done
+        self._context = contextvars.copy_context()  # the reader's
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._more_due = False
         self._reading = True
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
-        self._items: Iterator[Any] | None = None
+        self._source: Iterator[Any] | None = None
         self._feeder: asyncio.Task[None] | None = None
         if isinstance(source, AsyncIterable):
             self._feeder = asyncio.create_task(self._feed(source), name="map feeder")
             self._feeder.add_done_callback(self._on_fed)
         else:
-            self._items = iter(source)
-            self._read_ahead(self._items)
+            self._source = iter(source)
+            self._read_ahead(self._source)
 
-    def next_done(self) -> _StreamJob | None:
-        """Return the job whose outcome is to be given out next, if it is there."""
+    # What the reader does.
+
+    def next_done(self) -> _Item | None:
+        """Return the item whose outcome is to be given out next, if it is there."""
         line = self._started if self._ordered else self._ready
         if not line or not line[0].done:
             return None
-        job = line.popleft()
-        if self._items is not None:
-            self._read_ahead(self._items)
+        item = line.popleft()
+        if self._source is not None:
+            self._read_ahead(self._source)
         elif self._room is not None and not self._room.done():
             self._room.set_result(None)
-        return job
+        return item
 
     def is_finished(self) -> bool:
         """Tell whether the source is at its end, and the reader has got all outcomes."""
@@ -664,36 +539,43 @@ class _Stream:
         finally:
             self._reader = None
 
-    def on_done(self, job: _StreamJob) -> None:
-        """Take note of an outcome; called by the job."""
-        if not self._ordered:
-            self._started.remove(job)
-            self._ready.append(job)
-        elif self._started[0] is not job:
-            return  # not its turn
-        if self._reader is not None:
-            self._wake_reader()
-
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def _has_room(self) -> bool:
-        return len(self._started) + len(self._ready) < 2 * self.pool._size
+    async def close(self) -> None:
+        """Stop reading, drop what waits, cancel what runs, and wait for it."""
+        feeder = self.stop_reading()
+        self._drop_waiting()
+        await _cancel_and_wait([*self._tasks, *feeder])
 
-    def _start(self, item: Any) -> None:
-        pool = self.pool
+    def _drop_waiting(self) -> None:
+        while self.waiting:
+            item = self.waiting.popleft()
+            item.error = PoolClosed("the pool was closed")
+            self._on_done(item, "cancelled")
+
+    # What the source gives.
+
+    def _start(self, value: Any) -> None:
+        pool = self._pool
         if not pool._open:  # it may have been closed between two results
             raise PoolClosed("the pool was closed")
-        job = _StreamJob(self, item)
-        self._started.append(job)
-        pool._enqueue(pool._line, job)
+        item = _Item(value)
+        if pool.on_event is not None:
+            item.times = _Times()
+        self._started.append(item)
+        self.waiting.append(item)
+        if not self._tasks:
+            self._add_worker()
+        elif not self._more_due:
+            self._add_workers_soon()
 
-    def _read_ahead(self, items: Iterator[Any]) -> None:
+    def _read_ahead(self, source: Iterator[Any]) -> None:
         """Read an iterable as far as the window allows."""
-        while self._reading and len(self._started) + len(self._ready) < 2 * self.pool._size:
+        while self._reading and len(self._started) + len(self._ready) < 2 * self._pool._size:
             try:
-                self._start(next(items))
+                self._start(next(source))
             except StopIteration:
                 self._reading = False
             except Exception as error:  # noqa: BLE001 -- raised behind what the source gave
@@ -707,42 +589,116 @@ class _Stream:
                 self._start(item)
                 await self._wait_for_room()
 
-    def _on_fed(self, feeder: asyncio.Task[None]) -> None:
-        if feeder.cancelled():
-            self.failure = PatternError("the source raised CancelledError by itself")
-        else:
-            self.failure = feeder.exception()
-        self._reading = False
-        self._wake_reader()
-
     async def _wait_for_room(self) -> None:
-        while not self._has_room():
+        while len(self._started) + len(self._ready) >= 2 * self._pool._size:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
-    async def close(self) -> None:
-        """Stop reading, withdraw what has not been started, cancel what runs, wait for it."""
-        running = []
-        for job in self._started:
-            if job._worker is not None:
-                running.append(job)
-            elif not job.done:
-                self.pool._withdraw(job)
-        self._ordered = False  # from here on, every end wakes us
-        cancelled: asyncio.CancelledError | None = None
-        if self._feeder is not None:
-            cancelled = await _cancel_and_wait([self._feeder])
-        for job in running:
-            if job._worker is not None:
-                job._worker.cancel()
-        while not all(job.done for job in running):
-            try:
-                await self.wait_for_outcome()
-            except asyncio.CancelledError as error:
-                cancelled = error
-        self._started.clear()
-        if cancelled is not None:
-            raise cancelled
+    def stop_reading(self) -> list[asyncio.Task[None]]:
+        """Read no further; return the task that reads, if any: it may have to clean up."""
+        if self._feeder is None:
+            return []
+        self._feeder.cancel()
+        return [self._feeder]
+
+    def _on_fed(self, feeder: asyncio.Task[None]) -> None:
+        if not feeder.cancelled():
+            self.failure = feeder.exception()
+        elif self._pool._open:
+            self.failure = PatternError("the source raised CancelledError by itself")
+        else:
+            self.failure = PoolClosed("the pool was closed")
+        self._reading = False
+        self._wake_reader()
+
+    # What the workers do.
+
+    def _add_worker(self) -> None:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._work(), context=self._context.copy())
+        self._tasks.add(task)
+        self._pool._tasks.add(task)
+        task.add_done_callback(self._on_ended)
+
+    def _add_workers_soon(self) -> None:
+        self._more_due = True
+        asyncio.get_running_loop().call_soon(self._add_workers)
+
+    def _add_workers(self) -> None:
+        """Take as many workers again as there are, if they have left items waiting.
+
+        Not all at once: items that take no time are done by the first one, before the others
+        would even run.
+        """
+        self._more_due = False
+        number = len(self._tasks)
+        for _ in range(min(len(self.waiting), max(number, 1), self._pool._size - number)):
+            self._add_worker()
+
+    async def _work(self) -> None:
+        """Handle one item after the other."""
+        pool = self._pool
+        worker = cast("asyncio.Task[None]", asyncio.current_task())
+        await pool._workers.take()
+        try:
+            while True:
+                if not self.waiting:
+                    await asyncio.sleep(0)  # the reader may have the next item ready
+                if not self.waiting:
+                    return
+                item = self.waiting.popleft()
+                if self.waiting and not self._more_due:
+                    self._add_workers_soon()
+                outcome: Outcome = "ok"
+                try:
+                    if pool._bare and item.times is None:
+                        item.result = await self._fn(item.value)
+                    else:
+                        call = functools.partial(self._fn, item.value)
+                        item.result = await pool._guarded(call, item.times)
+                except asyncio.CancelledError as error:
+                    outcome = "cancelled"
+                    item.error = self._told(item, error, worker)
+                except BaseException as error:
+                    outcome = "error"
+                    item.error = error
+                    if isinstance(error, KeyboardInterrupt | SystemExit):
+                        raise
+                finally:
+                    self._on_done(item, outcome)
+                if worker.cancelling() or pool._workers.are_wanted():
+                    return
+        finally:
+            pool._workers.give_back()
+
+    def _told(self, item: _Item, error: BaseException, worker: asyncio.Task[None]) -> PatternError:
+        fault: PatternError = PoolClosed("the pool was closed")
+        if not self._pool._aborting:
+            who = "was cancelled" if worker.cancelling() else "raised CancelledError by itself"
+            fault = PatternError(f"the call with {item.value!r} {who}")
+        fault.__cause__ = error
+        return fault
+
+    def _on_done(self, item: _Item, outcome: Outcome) -> None:
+        item.done = True
+        self._pool._ended[outcome] += 1
+        if item.times is not None:
+            self._pool._tell_ended(outcome, item.times)
+        if not self._ordered:
+            self._started.remove(item)
+            self._ready.append(item)
+        elif self._started[0] is not item:
+            return  # not its turn
+        if self._reader is not None:
+            self._wake_reader()
+
+    def _on_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._pool._tasks.discard(task)
+        if self._pool._aborting:
+            self._drop_waiting()
+        elif self.waiting:
+            self._add_worker()  # in its place, at the end of the line
 
 
 async def bounded_map(
@@ -769,45 +725,51 @@ async def bounded_map(
             before it is raised.
     """
     check_count("limit", limit)
-    results: list[tuple[int, R]] = []
+    results: list[R] = []
 
-    async def work(numbered: Iterator[tuple[int, T]]) -> None:
-        for number, item in numbered:
+    async def work(source: Iterable[T]) -> None:
+        for item in source:
+            number = len(results)
+            results.append(cast("R", None))  # its place
             try:
-                results.append((number, await fn(item)))
+                results[number] = await fn(item)
             except asyncio.CancelledError as error:
-                _refuse_foreign_cancellation(item, error)
-                raise
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                told = f"the call with {item!r} raised CancelledError by itself"
+                raise PatternError(told) from error
 
-    async def work_beside(numbered: AsyncIterator[tuple[int, T]]) -> None:
-        async for pair in numbered:
-            await work(iter([pair]))
+    async def work_beside(source: AsyncIterable[T]) -> None:
+        async for item in source:
+            await work([item])
 
+    if isinstance(items, AsyncIterable):
+        async with _reading(items) as source:
+            beside = _Shared(source)
+            await _all_of([work_beside(beside) for _ in range(limit)])
+    else:
+        shared = iter(items)
+        await _all_of([work(shared) for _ in range(limit)])
+    return results
+
+
+async def _all_of(works: list[Coroutine[Any, Any, None]]) -> None:
+    """Run all of them at once; if one fails, cancel the others and raise its error as it is."""
+    failure: BaseException | None = None
     try:
-        if isinstance(items, AsyncIterable):
-            async with _reading(items) as source, asyncio.TaskGroup() as group:
-                shared = _Shared(source)
-                for _ in range(limit):
-                    group.create_task(work_beside(shared))
-        else:
-            numbered = enumerate(items)
-            async with asyncio.TaskGroup() as group:
-                for _ in range(limit):
-                    group.create_task(work(numbered))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
     except BaseExceptionGroup as errors:
-        raise _first(errors) from None
-    results.sort(key=lambda pair: pair[0])
-    return [result for _, result in results]
-
-
-def _refuse_foreign_cancellation(item: object, error: asyncio.CancelledError) -> None:
-    """Make an error of a CancelledError that nobody asked for.
-
-    A task group takes it for a silent end, and the result would be missing.
-    """
-    task = asyncio.current_task()
-    if task is None or not task.cancelling():
-        raise PatternError(f"the call with {item!r} raised CancelledError by itself") from error
+        failure = _first(errors)
+    else:
+        if any(task.cancelled() for task in tasks):  # a task group takes that for a silent end
+            failure = PatternError("a call was cancelled by somebody else: its result is missing")
+    if failure is not None:
+        try:
+            raise failure  # outside of `except`: it keeps the context in which it was raised
+        finally:
+            del failure  # no cycle through this frame
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -817,19 +779,16 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     return first
 
 
-class _Shared(AsyncIterator[tuple[int, T]]):
-    """One numbered iterator for several readers; an async generator allows one at a time."""
+class _Shared(AsyncIterator[T]):
+    """One iterator for several readers; an async generator allows one at a time."""
 
     def __init__(self, items: AsyncIterator[T]) -> None:
         self._items = items
-        self._number = -1
         self._turn = asyncio.Lock()
 
-    async def __anext__(self) -> tuple[int, T]:
+    async def __anext__(self) -> T:
         async with self._turn:
-            item = await anext(self._items)
-            self._number += 1
-            return self._number, item
+            return await anext(self._items)
 
 
 @asynccontextmanager
@@ -843,76 +802,74 @@ async def _reading(source: AsyncIterable[T]) -> AsyncIterator[AsyncIterator[T]]:
         yield items
 
 
-class _Room:
-    """Places in the queue, given out in the order of asking."""
+class _Places:
+    """So many places, given out by level, and within a level in the order of asking."""
 
-    def __init__(self, places: int) -> None:
-        self._free = places  # above 0 only while nobody waits
-        self._line: deque[asyncio.Future[None]] = deque()
+    def __init__(self, number: int) -> None:
+        self.taken = 0
+        self._number = number
+        self._line: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap
+        self._ticket = count()
 
     def try_take(self) -> bool:
-        if self._free == 0:
+        """Take a place if there is one; nobody waits while there is."""
+        if self.taken >= self._number:
             return False
-        self._free -= 1
+        self.taken += 1
         return True
 
-    async def take(self) -> None:
+    async def take(self, level: int = 0) -> None:
+        """Take a place, or wait for it."""
         if self.try_take():
             return
         waiter = asyncio.get_running_loop().create_future()
-        self._line.append(waiter)
+        entry = (level, next(self._ticket), waiter)
+        heapq.heappush(self._line, entry)
         try:
             await waiter
         except asyncio.CancelledError:
             if not waiter.cancelled():
                 self.give_back()  # granted and cancelled in the same step
-            elif waiter in self._line:
-                self._line.remove(waiter)
+            elif entry in self._line:
+                self._line.remove(entry)
+                heapq.heapify(self._line)
             raise
 
     def give_back(self) -> None:
-        if not _wake(self._line, 1):
-            self._free += 1
+        self.taken -= 1
+        if self._line:
+            self._hand_out(self._number)
 
-    def wake_all(self) -> None:
-        _wake(self._line, len(self._line))
+    def are_wanted(self) -> bool:
+        """Tell whether somebody waits, or more places are taken than there are."""
+        return bool(self._line) or self.taken > self._number
+
+    def resize(self, number: int) -> None:
+        self._number = number
+        self._hand_out(number)
+
+    def let_all_in(self) -> None:
+        self._hand_out(self.taken + len(self._line))
+
+    def _hand_out(self, number: int) -> None:
+        while self._line and self.taken < number:
+            _, _, waiter = heapq.heappop(self._line)
+            if not waiter.done():
+                self.taken += 1
+                waiter.set_result(None)
 
 
-def _wake(waiters: deque[asyncio.Future[None]], count: int) -> int:
-    """Wake the first ``count`` waiters; return how many there were."""
-    woken = 0
-    while waiters and woken < count:
-        waiter = waiters.popleft()
-        if not waiter.done():
-            waiter.set_result(None)
-            woken += 1
-    return woken
-
-
-async def _cancel_and_wait(
-    tasks: Iterable[asyncio.Task[Any]],
-) -> asyncio.CancelledError | None:
-    """Cancel tasks and wait for them; return the cancellation of this wait, if one came."""
-    tasks = list(tasks)
+async def _cancel_and_wait(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait for them; a cancellation of this wait comes out at its end."""
     for task in tasks:
         task.cancel()
     cancelled: asyncio.CancelledError | None = None
-    while waiting := [task for task in tasks if not task.done()]:
+    waiting = tasks
+    while waiting:
         try:
             await asyncio.wait(waiting)
         except asyncio.CancelledError as error:
             cancelled = error
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # retrieved: nobody will ask for it any more
-    return cancelled
-
-
-async def _forget_cancellation(worker: asyncio.Task[None]) -> None:
-    """Make a worker whole again after the cancellation of the task that it ran."""
-    while worker.cancelling():
-        worker.uncancel()
-    # A task that cancels its own handle and then returns leaves, before 3.13, a cancellation
-    # behind that has not been delivered; the next task must not get it.
-    with suppress(asyncio.CancelledError):
-        await asyncio.sleep(0)
+        waiting = [task for task in tasks if not task.done()]
+    if cancelled is not None:
+        raise cancelled
