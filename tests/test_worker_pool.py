@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
+import sys
+import tracemalloc
 import weakref
-from contextlib import suppress
+from contextlib import aclosing, suppress
 
 import pytest
 
+from concurrency_patterns.concurrency_limiter import ConcurrencyLimiter
 from concurrency_patterns.errors import DeadlineExceeded, PatternError, PoolClosed, QueueFull
-from concurrency_patterns.testing import explore_cancellation, run_virtual
+from concurrency_patterns.testing import assert_no_leaks, explore_cancellation, run_virtual
+from concurrency_patterns.timeout import deadline, remaining
 from concurrency_patterns.token_bucket import TokenBucket
 from concurrency_patterns.worker_pool import WorkerPool, bounded_map
 
@@ -196,24 +201,53 @@ async def test_t39_a_submitter_cancelled_while_it_waits_does_not_jam_the_pool():
             assert await (await pool.submit(double, 3)) == 6
 
 
+class Watched:
+    """A pool and the handles of its tasks, for the explorer."""
+
+    def __init__(self, **options):
+        self.pool = WorkerPool(**options)
+        self.handles = []
+
+    def is_whole(self):
+        seen = self.pool.statistics()
+        idle = (seen.workers, seen.busy, seen.queued) == (0, 0, 0)
+        return idle and all(handle.done() for handle in self.handles)
+
+
 def test_t2_cancelled_at_any_step_the_pool_ends_and_no_task_is_forgotten():
     """T2: whichever task is cancelled, every handle is done when the block is left."""
 
-    class Jobs:
-        def __init__(self):
-            self.handles = []
-
-        def all_done(self):
-            return all(handle.done() for handle in self.handles)
-
-    async def scenario(jobs):
-        async with WorkerPool(workers=2, queue_size=1) as pool:
+    async def scenario(watched):
+        async with watched.pool as pool:
             for number in range(5):
-                jobs.handles.append(await pool.submit(double, number))
-            for handle in jobs.handles:
+                watched.handles.append(await pool.submit(double, number))
+            for handle in watched.handles:
                 await handle
 
-    assert explore_cancellation(Jobs, scenario, Jobs.all_done) > 20
+    def setup():
+        return Watched(workers=2, queue_size=1)
+
+    assert explore_cancellation(setup, scenario, Watched.is_whole) > 20
+
+
+@pytest.mark.parametrize("grace", [0, 0.05, None])
+def test_t2_cancelled_at_any_step_every_option_leaves_the_pool_whole(grace):
+    """T2: priorities, a limiter, a time limit, resizing and a bounded close lose no place."""
+
+    async def scenario(watched):
+        async with watched.pool as pool:
+            watched.handles.append(await pool.submit(asyncio.sleep, 0.1))
+            watched.handles.append(await pool.priority(-1).submit(double, 1))
+            pool.resize(3)
+            watched.handles.append(await pool.submit(asyncio.sleep, 9))  # takes too long
+            pool.resize(1)
+            watched.handles[0].cancel()
+            await pool.close(grace=grace)
+
+    def setup():
+        return Watched(workers=2, queue_size=2, task_timeout=1, limiter=ConcurrencyLimiter(1))
+
+    assert explore_cancellation(setup, scenario, Watched.is_whole) > 20
 
 
 async def test_map_yields_in_order():
@@ -229,8 +263,9 @@ async def test_map_yields_in_order():
         assert ready == [1, 2, 3]
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("ordered", [True, False])
-async def test_t16_map_reads_an_endless_source_only_a_bounded_way_ahead(ordered):
+async def test_t16_map_reads_an_endless_source_only_a_bounded_way_ahead(ordered, asynchronous):
     """T16: the source is read at most twice the number of workers ahead of the results."""
     read = []
 
@@ -239,9 +274,14 @@ async def test_t16_map_reads_an_endless_source_only_a_bounded_way_ahead(ordered)
             read.append(number)
             yield number
 
+    async def slow_source():
+        for number in source():
+            yield number
+
     taken = 0
     async with WorkerPool(workers=3) as pool:
-        async for _ in pool.map(double, source(), ordered=ordered):
+        items = slow_source() if asynchronous else source()
+        async for _ in pool.map(double, items, ordered=ordered):
             taken += 1
             await asyncio.sleep(1)
             assert len(read) <= taken + 2 * 3
@@ -559,22 +599,50 @@ async def test_map_tells_a_cancelled_error_that_nobody_asked_for():
             await anext(pool.map(odd, range(4)))
 
 
-def test_t2_cancelled_at_any_step_a_map_leaves_no_task_and_the_pool_goes_on():
-    """T2: whichever task of a map is cancelled, nothing of it runs on and the pool ends."""
+@pytest.mark.parametrize("ordered", [True, False])
+def test_t2_cancelled_at_any_step_a_map_leaves_no_task_and_the_pool_goes_on(ordered):
+    """T2: whichever task of a map is cancelled, nothing of it runs on and no place is lost."""
 
     async def source():
         for number in range(4):
             yield number
             await asyncio.sleep(0.1)
 
-    async def scenario(got):
-        async with WorkerPool(workers=2) as pool:
-            async for result in pool.map(double, source()):
-                got.append(result)
-            async for result in pool.map(double, range(4), ordered=False):
-                got.append(result)
+    async def scenario(watched):
+        async with watched.pool as pool:
+            async for _ in pool.map(double, source(), ordered=ordered):
+                watched.handles.append(await pool.submit(double, 1))
+            async with aclosing(pool.map(double, range(9), ordered=ordered)) as results:
+                async for _ in results:
+                    break
+            assert pool.statistics().queued == 0
+            await (await pool.submit(double, 1))
 
-    assert explore_cancellation(list, scenario, lambda _: True) > 20
+    def setup():
+        return Watched(workers=2)
+
+    assert explore_cancellation(setup, scenario, Watched.is_whole) > 20
+
+
+def test_t2_cancelled_at_any_step_bounded_map_returns_all_results_or_raises():
+    """T2: whichever task is cancelled, a result is never missing silently."""
+
+    async def slowly(number):
+        await asyncio.sleep(0.1)
+        return number
+
+    async def source():
+        for number in range(5):
+            yield number
+
+    async def scenario(results):
+        results.append(await bounded_map(slowly, range(5), limit=2))
+        results.append(await bounded_map(slowly, source(), limit=2))
+
+    def are_whole(results):
+        return all(result == [0, 1, 2, 3, 4] for result in results)
+
+    assert explore_cancellation(list, scenario, are_whole) > 20
 
 
 async def test_t40_the_memory_of_a_map_does_not_grow_with_its_items():
@@ -628,3 +696,217 @@ def test_t2_a_worker_that_somebody_cancels_is_replaced():
                     results.append(await handle)
 
     assert explore_cancellation(list, scenario, lambda _: True) > 10
+
+
+async def test_t39_a_submitter_that_is_cancelled_when_it_gets_room_passes_it_on():
+    """T39: room that was given to a submitter and cancelled in the same step is not lost."""
+    async with WorkerPool(workers=1, queue_size=1) as pool:
+        await pool.submit(asyncio.sleep, 1)
+        await asyncio.sleep(0)
+        queued = await pool.submit(double, 1)
+        first = asyncio.create_task(pool.submit(double, 2))
+        second = asyncio.create_task(pool.submit(double, 3))
+        await asyncio.sleep(0)
+        queued.add_done_callback(lambda _: first.cancel())
+        queued.cancel()
+        async with asyncio.timeout(10):
+            assert await (await second) == 6
+        assert first.cancelled()
+
+
+async def test_a_task_cannot_close_its_own_pool():
+    """It would wait for itself for ever: it gets an error at once, and the pool goes on."""
+    async with WorkerPool(workers=1) as pool:
+        handle = await pool.submit(pool.close)
+        with pytest.raises(RuntimeError, match="wait for itself"):
+            await handle
+        assert await (await pool.submit(double, 1)) == 2
+
+
+async def test_the_end_of_a_map_cancels_no_other_task():
+    """While the source of a map cleans up, its worker may have taken another task."""
+
+    async def source():
+        try:
+            for number in range(100):
+                yield number
+        finally:
+            await asyncio.sleep(1)
+
+    async def other():
+        await asyncio.sleep(1.5)
+        return "other"
+
+    async with WorkerPool(workers=1) as pool:
+        async with aclosing(pool.map(double, source())) as results:
+            async for _ in results:
+                handle = await pool.submit(other)
+                break
+        assert await handle == "other"
+
+
+async def test_a_task_that_was_cancelled_in_the_queue_leaves_nothing_behind():
+    """However often a queued task is given up, neither its arguments nor its place are kept."""
+
+    class Argument:
+        pass
+
+    alive = weakref.WeakSet()
+    async with WorkerPool(workers=1, queue_size=2) as pool:
+        busy = await pool.submit(asyncio.sleep, 3600)
+        for _ in range(100):
+            argument = Argument()
+            alive.add(argument)
+            handle = await pool.submit(double, argument)
+            del argument
+            await asyncio.sleep(1)
+            handle.cancel()
+            await asyncio.wait([handle])
+        del handle
+        assert (len(alive), pool.statistics().queued) == (0, 0)
+        busy.cancel()
+
+
+async def test_use_from_another_thread_is_refused_and_takes_no_place():
+    """A pool belongs to its event loop: from elsewhere nothing is submitted, and nothing lost."""
+    async with WorkerPool(workers=1, queue_size=1) as pool:
+
+        def without_loop():
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                pool.submit_nowait(double, 1)
+
+        async def on_another_loop():
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await pool.submit(double, 1)
+
+        await asyncio.to_thread(without_loop)
+        await asyncio.to_thread(asyncio.run, on_another_loop())
+        assert pool.statistics().queued == 0
+        assert await (await pool.submit(double, 1)) == 2
+
+
+async def test_a_task_sees_the_context_of_its_submitter_and_no_other():
+    """What one task sets, the next does not see; a deadline around the submission is known."""
+    user = contextvars.ContextVar("user", default="nobody")
+
+    async def handle(name):
+        before = user.get()
+        user.set(name)
+        return before, remaining()
+
+    async with WorkerPool(workers=1) as pool:
+        assert await (await pool.submit(handle, "alice")) == ("nobody", None)
+        user.set("bob")
+        async with deadline(5):
+            assert await (await pool.submit(handle, "carol")) == ("bob", 5.0)
+            assert [result async for result in pool.map(handle, ["dave"])] == [("bob", 5.0)]
+        assert user.get() == "bob"
+
+
+async def test_leaving_the_pool_ends_the_reading_of_a_source():
+    """A map whose source makes everybody wait does not read on when its pool is left."""
+    closed = []
+
+    async def source():
+        try:
+            yield 1
+            await asyncio.sleep(3600)
+        finally:
+            closed.append(True)
+
+    async with assert_no_leaks():
+        async with WorkerPool(workers=1) as pool:
+            results = pool.map(double, source())
+            assert await anext(results) == 2
+        assert closed == [True]
+        with pytest.raises(PoolClosed):
+            await anext(results)
+
+
+def test_a_pool_that_was_never_left_can_be_entered_in_the_next_run():
+    """What a loop that is gone left behind does not keep the pool from serving another one."""
+    pool = WorkerPool(workers=1)
+
+    async def enter():
+        await pool.__aenter__()
+        await pool.submit(asyncio.sleep, 3600)
+
+    async def use():
+        async with pool:
+            return await (await pool.submit(double, 1))
+
+    run_virtual(enter())
+    assert run_virtual(use()) == 2
+
+
+async def test_a_task_that_raises_stop_iteration_fails_alone():
+    """A future refuses StopIteration; here it is a RuntimeError, as in any coroutine."""
+
+    async def stop():
+        raise StopIteration
+
+    async with WorkerPool(workers=1) as pool:
+        handle = await pool.submit(stop)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await handle
+        assert await (await pool.submit(double, 1)) == 2
+
+
+async def test_bounded_map_keeps_the_cause_of_an_error():
+    """The error comes out as it was raised, with what it was raised from."""
+
+    async def fail(_):
+        raise OSError("failed") from KeyError("key")
+
+    with pytest.raises(OSError, match="failed") as raised:
+        await bounded_map(fail, range(3), limit=2)
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+async def test_bounded_map_closes_an_asynchronous_source():
+    """Whether it was read to its end or not, the source is closed before the error comes out."""
+    closed = []
+
+    async def source():
+        try:
+            for number in range(10):
+                yield number
+        finally:
+            closed.append(True)
+
+    with pytest.raises(OSError, match="0"):
+        await bounded_map(fail, source(), limit=2)
+    assert closed == [True]
+
+
+def test_t40_the_memory_of_bounded_map_is_that_of_its_results():
+    """T40: a million items cost no more than the list that is returned."""
+
+    async def nothing(_):
+        return None
+
+    tracemalloc.start()
+    results = run_virtual(bounded_map(nothing, range(1_000_000), limit=10))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(results) == 1_000_000
+    assert peak < 2 * sys.getsizeof(results)
+
+
+async def test_a_pool_with_a_concurrency_limiter_shares_its_slots():
+    """Workers wait for the slots of a limiter that others use, too."""
+    limiter = ConcurrencyLimiter(1)
+    most = 0
+
+    async def work():
+        nonlocal most
+        most = max(most, limiter.statistics().in_use)
+        await asyncio.sleep(1)
+
+    async with WorkerPool(workers=4, limiter=limiter) as pool:
+        async with limiter:
+            handles = [await pool.submit(work) for _ in range(3)]
+            await asyncio.sleep(1)
+            assert most == 0
+        await asyncio.gather(*handles)
+    assert most == 1
