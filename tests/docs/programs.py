@@ -90,7 +90,7 @@ class Program:
 
     @property
     def needs_process(self) -> bool:
-        """Tell whether it must run as a script: it has a main guard, processes, threads or a server."""
+        """Tell whether it runs as a script: it has a main guard, processes, threads or a server."""
         return bool(SEPARATE_PROCESS.search(self.code.content))
 
 
