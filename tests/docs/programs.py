@@ -36,7 +36,7 @@ SEPARATE_PROCESS = re.compile(
     r"""
     ^if\ __name__\ ==
     | ^\s*(?:import|from)\ +(?:multiprocessing|threading|subprocess|signal|concurrent)\b
-    | \b(?:to_thread|run_in_executor|process_pool|ProcessPool)\b
+    | \b(?:to_thread|run_in_executor|process_pool|ProcessPool|start_server)\b
     """,
     re.MULTILINE | re.VERBOSE,
 )
@@ -90,7 +90,7 @@ class Program:
 
     @property
     def needs_process(self) -> bool:
-        """Tell whether it must run as a script: it has a main guard, processes or threads."""
+        """Tell whether it runs as a script: it has a main guard, processes, threads or a server."""
         return bool(SEPARATE_PROCESS.search(self.code.content))
 
 

@@ -317,6 +317,20 @@ def test_realtime_takes_its_time(prove: Prove) -> None:
     prove(program(source, "True")).assert_outcomes(failed=1)
 
 
+def test_a_program_with_a_server_runs_as_a_script(prove: Prove) -> None:
+    """Sockets take real time on either clock, so such a program runs beside the others."""
+    source = """
+    import asyncio
+
+    async def main():
+        async with await asyncio.start_server(print, "127.0.0.1", 0):
+            print("Virtual" in type(asyncio.get_running_loop()).__name__)
+
+    asyncio.run(main())
+    """
+    prove(program(source, "False")).assert_outcomes(passed=1)
+
+
 def test_update_outputs(prove: Prove) -> None:
     """Outputs are corrected and added where they stand, and the page passes afterwards."""
     listed = textwrap.indent(program("print('c')", "x"), "  ").replace("  \n", "\n")
