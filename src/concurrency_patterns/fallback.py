@@ -139,7 +139,8 @@ class Fallback:
     until one answers: a replica, a cache, a :func:`constant`.
 
     A cancelled call is cancelled; nobody else is asked. If no alternative answers, the error of the
-    last one is raised, with the earlier ones as its causes.
+    last one is raised; the earlier ones are its ``__context__``, as if each alternative had been
+    asked in the ``except`` of the one before.
 
     Args:
         *alternatives: Functions, asynchronous or not, or :class:`Alternative` objects; in the order
@@ -198,7 +199,7 @@ class Fallback:
         except Exception as error:
             if not _matches(error, self._on):
                 raise
-            outcome: Outcome[T] = await self._ask_alternatives(error, args, kwargs)
+            outcome: Outcome[T] = await self._ask(0, error, args, kwargs)
             return outcome.value
         self._primary += 1
         return value
@@ -216,7 +217,7 @@ class Fallback:
         except Exception as error:
             if not _matches(error, self._on):
                 raise
-            return await self._ask_alternatives(error, args, kwargs)
+            return await self._ask(0, error, args, kwargs)
         self._primary += 1
         return Outcome(value, degraded=False, source=PRIMARY, error=None)
 
@@ -240,29 +241,26 @@ class Fallback:
             sources=dict(self._sources),
         )
 
-    async def _ask_alternatives(
-        self, original: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Outcome[Any]:
-        last = original
-        try:
-            for alternative in self._alternatives:
-                try:
-                    value = await self._ask(alternative, args, kwargs)
-                except Exception as error:  # noqa: BLE001 -- whatever it is, the next one is asked
-                    _add_cause(error, last)
-                    last = error
-                else:
-                    self._sources[alternative.name] += 1
-                    source = alternative.name
-                    notify(self.on_event, "fallback.degraded", source=source, error=original)
-                    return Outcome(value, degraded=True, source=alternative.name, error=original)
-            self._failed += 1
-            notify(self.on_event, "fallback.failed", error=last)
-            raise last
-        finally:
-            del last  # the traceback holds this frame: no cycle
-
     async def _ask(
+        self, number: int, original: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Outcome[Any]:
+        """Ask the alternative of this number, and if it fails those behind it."""
+        alternative = self._alternatives[number]
+        try:
+            value = await self._answer(alternative, args, kwargs)
+        except Exception as error:
+            if number + 1 < len(self._alternatives):
+                # Asked in the ``except``, so that Python chains the errors.
+                return await self._ask(number + 1, original, args, kwargs)
+            self._failed += 1
+            notify(self.on_event, "fallback.failed", error=error)
+            raise
+        source = alternative.name
+        self._sources[source] += 1
+        notify(self.on_event, "fallback.degraded", source=source, error=original)
+        return Outcome(value, degraded=True, source=source, error=original)
+
+    async def _answer(
         self, alternative: Alternative, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         seconds = self._timeout if alternative.timeout is None else alternative.timeout
@@ -576,8 +574,8 @@ class Hedge:
     ended before the answer is returned.
 
     An attempt that fails is no answer as long as the other one is under way. If both fail, the
-    error of the one that ended last is raised, with the other one as its cause. If the first fails
-    before the delay is over, its error is raised at once: to try again is the business of a
+    error of the one that ended last is raised; that of the other one is its ``__context__``. If the
+    first fails before the delay is over, its error is raised at once: to try again is the business of a
     :class:`~concurrency_patterns.retry.Retry`, which belongs outside. When the call is cancelled,
     both attempts are.
 
@@ -712,24 +710,19 @@ def _begin(
 
 
 async def _first_answer(attempts: Sequence[asyncio.Task[Any]]) -> int:
-    """Return the number of the attempt that answers first; if none does, of the one ended last."""
-    running = set(attempts)
-    failed: BaseException | None = None
-    while True:
-        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for number, task in enumerate(attempts):
-            if task not in running or not task.done():
-                continue
-            running.discard(task)
-            if not task.cancelled():
-                error = task.exception()
-                if error is None:
-                    return number
-                if failed is not None:
-                    _add_cause(error, failed)
-                failed = error
-            if not running:
-                return number
+    """Return the number of the attempt that answers first; if none does, raise the last error."""
+    await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+    first = next(number for number, task in enumerate(attempts) if task.done())
+    try:
+        attempts[first].result()
+    except (Exception, asyncio.CancelledError):
+        if len(attempts) == 1:
+            raise
+        other = 1 - first
+        await asyncio.wait([attempts[other]])
+        attempts[other].result()  # raised in the ``except``, so that Python chains the errors
+        return other
+    return first
 
 
 async def _reap(tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -821,18 +814,3 @@ def _matches(error: Exception, on: tuple[type[Exception], ...]) -> bool:
     return isinstance(error, ExceptionGroup) and all(
         _matches(leaf, on) for leaf in error.exceptions
     )
-
-
-def _add_cause(error: BaseException, cause: BaseException) -> None:
-    """Make ``cause`` the end of the chain of causes of ``error``, unless that closes a circle."""
-    chain = _causes(error)
-    if chain.keys().isdisjoint(_causes(cause)):
-        list(chain.values())[-1].__cause__ = cause
-
-
-def _causes(error: BaseException | None) -> dict[int, BaseException]:
-    chain: dict[int, BaseException] = {}
-    while error is not None and id(error) not in chain:
-        chain[id(error)] = error
-        error = error.__cause__
-    return chain
