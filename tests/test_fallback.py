@@ -148,6 +148,29 @@ async def test_an_alternative_that_hangs_says_so() -> None:
     assert isinstance(raised.value.__context__, ConnectionError)
 
 
+async def test_an_alternative_sees_its_time_limit() -> None:
+    """``remaining()`` tells it its own limit, or what is left of a deadline around if that is less."""
+    seen = []
+
+    async def look() -> None:
+        seen.append(remaining())
+
+    for fallback in (Fallback(look), Fallback(look, timeout=2), Fallback(look, timeout=20)):
+        async with deadline(10):
+            await fallback.call(fails_alone)
+    await Fallback(look, timeout=0.5).call(fails_alone)
+    assert seen == [10, 2, 10, 0.5]
+
+
+async def test_a_deadline_around_it_that_is_shorter_wins() -> None:
+    """The call ends with that deadline, and not with the limit of the alternative."""
+    asked = []
+    with pytest.raises(DeadlineExceeded, match="not done within 1 s"):
+        async with deadline(1):
+            await Fallback(hangs, asked.append, timeout=2).call(fails)
+    assert asked == []
+
+
 async def test_an_alternatives_own_timeout_error_is_not_relabelled() -> None:
     """T29: a ``TimeoutError`` that the alternative raises itself stays what it is."""
     own = TimeoutError("mine")

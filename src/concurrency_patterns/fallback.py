@@ -24,7 +24,7 @@ from .errors import (
     check_seconds,
     notify,
 )
-from .timeout import without_deadline
+from .timeout import move_on_after, without_deadline
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
@@ -148,8 +148,9 @@ class Fallback:
         on: The exceptions of the primary function that ask for an alternative. By default the
             failures of connections, timeouts, and the refusals of our own policies; a bug is not
             covered up. An exception group must consist of such exceptions.
-        timeout: The time limit of each alternative in seconds; ``None`` for no limit. A function
-            that is not asynchronous cannot be stopped.
+        timeout: The time limit of each alternative in seconds, which it sees as a
+            :func:`~concurrency_patterns.timeout.deadline`; ``None`` for no limit. A function that
+            is not asynchronous cannot be stopped.
 
     Raises:
         ValueError: If there is no alternative, or ``timeout`` is not above 0.
@@ -264,15 +265,18 @@ class Fallback:
         self, alternative: Alternative, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         seconds = self._timeout if alternative.timeout is None else alternative.timeout
-        try:
-            async with asyncio.timeout(seconds) as scope:
-                value = alternative.fn(*args, **kwargs)
-                return await value if inspect.isawaitable(value) else value
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            message = f"{alternative.name} did not answer within {seconds} s"
-            raise DeadlineExceeded(message, seconds=seconds) from None
+        if seconds is None:
+            return await _call(alternative.fn, args, kwargs)
+        async with move_on_after(seconds):
+            return await _call(alternative.fn, args, kwargs)
+        message = f"{alternative.name} did not answer within {seconds} s"
+        raise DeadlineExceeded(message, seconds=seconds)
+
+
+async def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that may be asynchronous, or not."""
+    value = fn(*args, **kwargs)
+    return await value if inspect.isawaitable(value) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,9 +579,9 @@ class Hedge:
 
     An attempt that fails is no answer as long as the other one is under way. If both fail, the
     error of the one that ended last is raised; that of the other one is its ``__context__``. If the
-    first fails before the delay is over, its error is raised at once: to try again is the business of a
-    :class:`~concurrency_patterns.retry.Retry`, which belongs outside. When the call is cancelled,
-    both attempts are.
+    first fails before the delay is over, its error is raised at once: to try again is the business
+    of a :class:`~concurrency_patterns.retry.Retry`, which belongs outside. When the call is
+    cancelled, both attempts are.
 
     Only for what may be done twice, such as reading.
 
