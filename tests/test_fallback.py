@@ -149,7 +149,7 @@ async def test_an_alternative_that_hangs_says_so() -> None:
 
 
 async def test_an_alternative_sees_its_time_limit() -> None:
-    """``remaining()`` tells it its own limit, or what is left of a deadline around if that is less."""
+    """``remaining()`` tells it its limit, or what is left of a deadline around if that is less."""
     seen = []
 
     async def look() -> None:
@@ -250,6 +250,99 @@ async def test_a_cancelled_call_asks_nobody() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert asked == []
+
+
+async def breaks_when_cancelled(key: str = "k") -> str:
+    """Turn a cancellation into another error, as some drivers do."""
+    try:
+        return await hangs(key)
+    except asyncio.CancelledError:
+        raise ConnectionError("closed") from None
+
+
+async def breaks_in_a_group(key: str = "k") -> str:
+    """Do the same in two tasks of a group."""
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(breaks_when_cancelled(key))
+    return key
+
+
+@pytest.mark.parametrize("disguised", [breaks_when_cancelled, breaks_in_a_group])
+async def test_a_cancellation_in_disguise_asks_nobody(disguised: Any) -> None:
+    """T21: if a cancelled function raises another error, that is raised, and nobody is asked."""
+    asked: list[str] = []
+    for fallback, fn in [
+        (Fallback(asked.append), disguised),
+        (Fallback(disguised, asked.append), fails),
+        (Fallback(disguised, asked.append, timeout=60), fails),
+    ]:
+        task = asyncio.create_task(fallback.call(fn, "a"))
+        await asyncio.sleep(1)
+        task.cancel()
+        await asyncio.wait([task])
+        with pytest.raises((ConnectionError, ExceptionGroup)):
+            task.result()
+        statistics = fallback.statistics()
+        assert (statistics.degraded, statistics.failed) == (0, 0)
+    start = asyncio.get_running_loop().time()
+    with pytest.raises((ConnectionError, ExceptionGroup)):
+        async with deadline(1):
+            await Fallback(asked.append).outcome(disguised, "a")
+    assert asyncio.get_running_loop().time() == start + 1
+    assert asked == []
+
+
+async def test_the_limit_of_an_alternative_is_no_cancellation_of_the_call() -> None:
+    """If its own limit ends an alternative that then raises another error, the next is asked."""
+    assert await Fallback(breaks_when_cancelled, replica, timeout=1).call(fails) == "replica k"
+
+
+async def fails_in_a_group(key: str = "k") -> str:
+    """Fail in one task, while another breaks as it is cancelled for that."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(breaks_when_cancelled(key))
+        group.create_task(fails(key))
+    return key
+
+
+async def is_late_in_a_group(key: str = "k") -> str:
+    """Run into a time limit of its own in a task."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.wait_for(hangs(key), 1))
+    return key
+
+
+async def fails_after_a_group(key: str = "k") -> str:
+    """Fail after a group has failed, which leaves a request to cancel behind before Python 3.13."""
+    with contextlib.suppress(ExceptionGroup):
+        await fails_in_a_group(key)
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("failing", [fails_in_a_group, is_late_in_a_group, fails_after_a_group])
+async def test_a_group_that_failed_is_no_cancellation(failing: Any) -> None:
+    """A task group cancels the task that waits for it, which is not the end of the call."""
+    assert await Fallback(replica).call(failing) == "replica k"
+    assert await Fallback(failing, replica).call(fails) == "replica k"
+    assert (await Fallback(replica).outcome(failing)).source == "replica"
+
+
+async def test_a_fallback_in_a_cleanup_asks_the_alternatives() -> None:
+    """The cancellation that came before the call is not one of the call."""
+    answers = []
+
+    async def interrupted() -> None:
+        try:
+            await hangs()
+        finally:
+            answers.append(await Fallback(replica).call(fails))
+
+    task = asyncio.create_task(interrupted())
+    await asyncio.sleep(1)
+    task.cancel()
+    await asyncio.wait([task])
+    assert answers == ["replica k"]
 
 
 async def test_a_timeout_around_it_wins() -> None:

@@ -11,6 +11,7 @@ import bisect
 import functools
 import inspect
 import math
+import sys
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
@@ -138,7 +139,8 @@ class Fallback:
     exceptions in ``on``, the alternatives are asked one after the other, with the same arguments,
     until one answers: a replica, a cache, a :func:`constant`.
 
-    A cancelled call is cancelled; nobody else is asked. If no alternative answers, the error of the
+    A cancelled call is over, and nobody else is asked, not even if the function turns its
+    cancellation into another error. If no alternative answers, the error of the
     last one is raised; the earlier ones are its ``__context__``, as if each alternative had been
     asked in the ``except`` of the one before.
 
@@ -195,12 +197,13 @@ class Fallback:
             Exception: What ``fn`` raised, if ``on`` does not name it; or the error of the last
                 alternative.
         """
+        requests = _cancel_requests()
         try:
             value = await fn(*args, **kwargs)
         except Exception as error:
-            if not _matches(error, self._on):
+            if not _matches(error, self._on) or _is_cancelled(error, requests):
                 raise
-            outcome: Outcome[T] = await self._ask(0, error, args, kwargs)
+            outcome: Outcome[T] = await self._ask(0, error, requests, args, kwargs)
             return outcome.value
         self._primary += 1
         return value
@@ -213,12 +216,13 @@ class Fallback:
         Returns:
             The answer, whether it is degraded, and its source.
         """
+        requests = _cancel_requests()
         try:
             value = await fn(*args, **kwargs)
         except Exception as error:
-            if not _matches(error, self._on):
+            if not _matches(error, self._on) or _is_cancelled(error, requests):
                 raise
-            return await self._ask(0, error, args, kwargs)
+            return await self._ask(0, error, requests, args, kwargs)
         self._primary += 1
         return Outcome(value, degraded=False, source=PRIMARY, error=None)
 
@@ -243,16 +247,23 @@ class Fallback:
         )
 
     async def _ask(
-        self, number: int, original: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        number: int,
+        original: Exception,
+        requests: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Outcome[Any]:
         """Ask the alternative of this number, and if it fails those behind it."""
         alternative = self._alternatives[number]
         try:
             value = await self._answer(alternative, args, kwargs)
         except Exception as error:
+            if _is_cancelled(error, requests):
+                raise
             if number + 1 < len(self._alternatives):
                 # Asked in the ``except``, so that Python chains the errors.
-                return await self._ask(number + 1, original, args, kwargs)
+                return await self._ask(number + 1, original, requests, args, kwargs)
             self._failed += 1
             notify(self.on_event, "fallback.failed", error=error)
             raise
@@ -271,6 +282,32 @@ class Fallback:
             return await _call(alternative.fn, args, kwargs)
         message = f"{alternative.name} did not answer within {seconds} s"
         raise DeadlineExceeded(message, seconds=seconds)
+
+
+def _cancel_requests() -> int:
+    """Return how many requests to cancel the current task has not been rid of."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def _is_cancelled(error: BaseException, requests: int) -> bool:
+    """Tell whether ``error`` took the place of a cancellation that came after ``requests``."""
+    if _cancel_requests() <= requests:
+        return False
+    # Before Python 3.13 a task group that fails may leave a request of its own behind.
+    return sys.version_info >= (3, 13) or _hides_cancellation(error)
+
+
+def _hides_cancellation(error: BaseException | None) -> bool:
+    """Tell whether ``error`` was raised while a cancellation was handled."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_hides_cancellation, error.exceptions))
+    # A time limit cancels, too, and takes its request back: behind its error is nothing of others.
+    while error is not None and not isinstance(error, TimeoutError):
+        if isinstance(error, asyncio.CancelledError):
+            return True
+        error = error.__context__
+    return False
 
 
 async def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
