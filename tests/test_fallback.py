@@ -438,12 +438,17 @@ def test_used_on_three_loops() -> None:
 def test_no_cancellation_leaves_anything_behind() -> None:
     """T2: at whichever step a call is cancelled, the next one is answered."""
 
-    async def scenario(fallback: Fallback) -> None:
-        async def slow_failure() -> str:
-            await asyncio.sleep(1)
-            raise ConnectionError
+    async def slow_failure() -> str:
+        await asyncio.sleep(1)
+        raise ConnectionError
 
+    async def scenario(fallback: Fallback) -> None:
         await fallback.call(slow_failure)
+
+    async def outcomes(fallback: Fallback) -> None:
+        async with asyncio.TaskGroup() as group:
+            for fn in (works, slow_failure):
+                group.create_task(fallback.outcome(fn))
 
     async def is_usable(fallback: Fallback) -> bool:
         return await fallback.call(fails) == "default"
@@ -452,6 +457,7 @@ def test_no_cancellation_leaves_anything_behind() -> None:
         return Fallback(hangs, constant("default"), timeout=1)
 
     assert explore_cancellation(make, scenario, is_usable) > 3
+    assert explore_cancellation(make, outcomes, is_usable) > 10
 
 
 async def test_events_tell_who_answered() -> None:
@@ -658,6 +664,22 @@ async def test_the_key_can_be_made_by_a_function() -> None:
         await StaleCache(10, 10).call(prices, [])
 
 
+async def test_equal_arguments_of_different_types_are_different_arguments() -> None:
+    """As in ``lru_cache(typed=True)``: 1, 1.0 and True are not the same question."""
+    cache = StaleCache(10, 10)
+
+    async def show(*args: object, **kwargs: object) -> str:
+        return repr((*args, *kwargs.values()))
+
+    for value, answer in (1, "(1,)"), (1.0, "(1.0,)"), (True, "(True,)"):
+        assert await cache.call(show, value) == answer
+    assert [await cache.call(show, x=value) for value in (1, 1.0)] == ["(1,)", "(1.0,)"]
+    partial = functools.partial(show, 1)
+    assert [await cache.call(partial), await cache.call(show, 1)] == ["(1,)"] * 2
+    assert await cache.call(functools.partial(show, True)) == "(True,)"
+    assert cache.statistics().hits == 3
+
+
 async def test_the_least_recently_used_answer_goes_first() -> None:
     """There are never more than ``max_size`` answers."""
     cache, prices = StaleCache(60, 60, max_size=2), Prices()
@@ -683,15 +705,77 @@ async def test_clear_forgets_also_what_is_under_way() -> None:
     assert await cache.call(prices) == "answer 2"
 
 
-async def test_a_fetch_that_needs_itself_is_refused() -> None:
-    """A function that asks the cache for its own answer would wait for ever."""
+class Snake:
+    """Functions that ask a cache for each other's answers, the last one for that of the first."""
+
+    def __init__(self, cache: StaleCache, length: int, *, in_group: bool = False) -> None:
+        self.cache, self.length, self.in_group = cache, length, in_group
+
+    async def bite(self, number: int) -> str:
+        """Ask for the answer of the next one."""
+        asking = self.cache.call(self.bite, (number + 1) % self.length)
+        if not self.in_group:
+            return await asking
+        async with asyncio.TaskGroup() as group:
+            return await group.create_task(asking)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("in_group", [False, True])
+async def test_a_fetch_that_needs_itself_is_refused(length: int, in_group: bool) -> None:
+    """Functions that need each other's answers would wait for ever, also by way of other tasks."""
     cache = StaleCache(60, 60)
+    with pytest.raises((RuntimeError, ExceptionGroup)) as raised:
+        await Snake(cache, length, in_group=in_group).bite(0)
+    error: BaseException = raised.value
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    assert "the very answer" in str(error)
+    assert len(asyncio.all_tasks()) == 1
 
-    async def snake() -> str:
-        return await cache.call(snake)
 
-    with pytest.raises(RuntimeError, match="the very answer"):
-        await cache.call(snake)
+async def test_fetches_that_were_begun_apart_do_not_wait_for_each_other() -> None:
+    """One is refused; the other one gets its error, and so do the callers."""
+    cache = StaleCache(60, 60)
+    snake = Snake(cache, 2)
+    calls = (cache.call(snake.bite, number) for number in range(2))
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [RuntimeError] * 2
+
+
+async def test_fetches_may_share_what_they_need() -> None:
+    """An answer that two fetches need is no circle, nor is one that is needed once more later."""
+    cache, prices = StaleCache(0, 60), Prices()
+
+    async def page(name: str) -> str:
+        await cache.call(prices)
+        return name + " " + await cache.call(prices)
+
+    calls = (cache.call(page, name) for name in "ab")
+    assert await asyncio.gather(*calls) == ["a answer 2", "b answer 2"]
+
+    async def fibonacci(number: int) -> int:
+        before = (cache.call(fibonacci, number - step) for step in (1, 2))
+        return sum(await asyncio.gather(*before)) if number > 1 else number
+
+    assert await cache.call(fibonacci, 50) == 12586269025
+
+
+async def test_a_task_that_a_fetch_has_left_behind_may_ask_for_its_answer() -> None:
+    """When the fetch has ended, there is nothing that would wait for itself."""
+    cache, left = StaleCache(0, 60), []
+
+    async def renew() -> str:
+        await asyncio.sleep(1)
+        return await cache.call(fetch)
+
+    async def fetch() -> str:
+        if not left:
+            left.append(asyncio.create_task(renew()))
+        return "answer"
+
+    await cache.call(fetch)
+    assert await left[0] == "answer"
 
 
 async def test_a_cache_tells_of_old_answers() -> None:
@@ -740,6 +824,48 @@ def test_no_cancellation_spoils_the_cache() -> None:
         return answer.startswith("answer") and len(asyncio.all_tasks()) == 1
 
     assert explore_cancellation(lambda: StaleCache(10, 10), scenario, is_whole) > 5
+
+
+def test_no_cancellation_spoils_an_old_answer() -> None:
+    """T2: at whichever step calls of a failing service are cancelled, the old answer stays."""
+    prices = Prices()
+
+    async def scenario(cache: StaleCache) -> None:
+        prices.error = None
+        await cache.call(prices, "old")
+        prices.error = ConnectionError("down")
+        calls = (cache.call(prices, key) for key in ("old", "old", "none"))
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def is_whole(cache: StaleCache) -> bool:
+        had_an_answer = cache.statistics().size == 1
+        prices.error = ConnectionError("down")
+        with contextlib.suppress(ConnectionError):
+            outcome = await cache.outcome(prices, "old")
+            return outcome.source == "stale" and len(asyncio.all_tasks()) == 1
+        return not had_an_answer
+
+    assert explore_cancellation(lambda: StaleCache(0, 60), scenario, is_whole) > 10
+
+
+def test_no_cancellation_spoils_a_cache_that_is_cleared() -> None:
+    """T2: whoever is cancelled around a ``clear``, no fetch goes on, and no answer is mixed up."""
+    prices = Prices()
+
+    async def scenario(cache: StaleCache) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(cache.call(prices, "a"))
+            await asyncio.sleep(0.5)
+            cache.clear()
+            group.create_task(cache.call(prices, "a"))
+
+    async def is_whole(cache: StaleCache) -> bool:
+        held = cache.statistics().size
+        outcome = await cache.outcome(prices, "a")
+        source = "cache" if held else "primary"
+        return outcome.source == source and len(asyncio.all_tasks()) == 1
+
+    assert explore_cancellation(lambda: StaleCache(10, 10), scenario, is_whole) > 10
 
 
 class Replicas:
@@ -1010,10 +1136,11 @@ def test_failures_leave_no_garbage() -> None:
         raise MarkedError
 
     async def main() -> int:
-        left = 0
-        for policy in (StaleCache(1, 1), Hedge(delay=0.05), Fallback(fail)):
+        left, cache = 0, StaleCache(1, 1)
+        calls = [policy.call for policy in (cache, Hedge(delay=0.05), Fallback(fail))]
+        for call in [*calls, functools.partial(cache.call, calls[0])]:
             with contextlib.suppress(MarkedError):
-                await policy.call(fail)
+                await call(fail)
             await asyncio.sleep(0)
             left += MarkedError.alive
         return left

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextvars
 import functools
 import inspect
 import math
 import sys
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 from .errors import (
@@ -347,10 +348,24 @@ class _Entry:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A fetch under way, and how many wait for it."""
+    """A fetch under way, how many wait for it, and the fetches for which it waits itself."""
 
     task: asyncio.Task[Any] | None = None
     waiting: int = 0
+    needed: list[_Flight] = field(default_factory=list)
+
+    def needs(self, other: _Flight) -> bool:
+        """Tell whether it cannot end before ``other`` has."""
+        reached, ahead = {self}, [self]
+        while ahead:
+            new = set(ahead.pop().needed) - reached
+            reached |= new
+            ahead += new
+        return other in reached
+
+
+# The fetch that runs here, also in the tasks that it has begun.
+_here: contextvars.ContextVar[_Flight | None] = contextvars.ContextVar("flight", default=None)
 
 
 class StaleCache:
@@ -365,7 +380,9 @@ class StaleCache:
     others go on waiting; when the last one has left, the fetch is cancelled. Therefore it does not
     see the deadline of a caller: put a :class:`~concurrency_patterns.timeout.Timeout` inside.
 
-    An answer belongs to the function and its arguments. All callers get the same object, so it
+    An answer belongs to the function and its arguments; 1, 1.0 and True are different ones. A
+    function that asks the cache for the answer for which it is asked itself, by whatever way, gets
+    a :exc:`RuntimeError` instead of waiting for ever. All callers get the same object, so it
     should not be changed. When the cache is used on another event loop, it begins empty.
 
     Args:
@@ -488,9 +505,16 @@ class StaleCache:
             self.clear()  # its clock may be another one, and no task of the old loop ends any more
         return loop
 
-    def _key_of(self, fn: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        made = self._key(*args, **kwargs) if self._key else (args, tuple(sorted(kwargs.items())))
-        key = (_identity(fn), made)
+    def _key_of(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Hashable:
+        made: object
+        if self._key is None:
+            made = args, tuple(sorted(kwargs.items()))
+            key = _identity(functools.partial(fn, *args, **kwargs))
+        else:
+            made = self._key(*args, **kwargs)
+            key = _identity(fn), made
         try:
             hash(key)
         except TypeError:
@@ -512,34 +536,38 @@ class StaleCache:
 
     async def _fetch(self, key: Hashable, fetch: Callable[[], Awaitable[Any]]) -> Any:
         """Wait for the fetch that is under way, or begin one."""
-        flight = self._flights.get(key)
+        flight, here = self._flights.get(key), _here.get()
         if flight is None:
             flight = self._flights[key] = _Flight()
             self._fetched += 1
-            flight.task = asyncio.create_task(
-                self._fly(key, flight, fetch), context=without_deadline()
-            )
+        elif here is not None and flight.needs(here):
+            raise RuntimeError("a fetch asks the cache for the very answer that it fetches")
         else:
             self._joined += 1
-        task = flight.task
-        if task is None or task is asyncio.current_task():
-            raise RuntimeError("a fetch asks the cache for the very answer that it fetches")
         flight.waiting += 1
+        needed = [] if here is None else here.needed
+        needed.append(flight)
         try:
-            await asyncio.wait([task])  # a cancellation ends the wait, and not the task
+            if flight.task is None:
+                flight.task = asyncio.create_task(
+                    self._fly(key, flight, fetch), context=without_deadline()
+                )
+            await asyncio.wait([flight.task])  # a cancellation ends the wait, and not the task
         finally:
+            needed.remove(flight)
             flight.waiting -= 1
-            if flight.waiting == 0:
+            if flight.waiting == 0 and flight.task is not None:
                 self._land(key, flight)  # who comes now begins a new one
-                await _reap([task])
+                await _reap([flight.task])
         try:
-            return task.result()
+            return flight.task.result()
         finally:
-            del task, flight  # the traceback of its exception holds this frame: no cycle
+            del flight, here  # the traceback of its exception holds this frame: no cycle
 
     async def _fly(
         self, key: Hashable, flight: _Flight, fetch: Callable[[], Awaitable[Any]]
     ) -> Any:
+        _here.set(flight)
         try:
             value = await fetch()
             if self._flights.get(key) is flight and self._loop is not None:
@@ -547,7 +575,8 @@ class StaleCache:
             return value
         finally:
             self._land(key, flight)
-            del flight  # it knows this task, and the traceback of a failure this frame: no cycle
+            _here.set(None)
+            del flight  # it knows this task, as did its context and does this frame: no cycle
 
     def _land(self, key: Hashable, flight: _Flight) -> None:
         if self._flights.get(key) is flight:
@@ -561,15 +590,18 @@ class StaleCache:
             self._evicted += 1
 
 
-def _identity(fn: object) -> Hashable:
-    """Return what two functions have in common that do the same: partials differ by identity."""
-    if isinstance(fn, functools.partial):
+def _identity(value: object) -> Hashable:
+    """Return what is the same for two functions that do the same: partials differ by identity.
+
+    So do arguments that are equal and of different types, such as 1 and True.
+    """
+    if isinstance(value, functools.partial):
         return (
-            _identity(fn.func),
-            tuple(map(_identity, fn.args)),
-            tuple((name, _identity(value)) for name, value in sorted(fn.keywords.items())),
+            _identity(value.func),
+            tuple(map(_identity, value.args)),
+            tuple((name, _identity(given)) for name, given in sorted(value.keywords.items())),
         )
-    return fn
+    return type(value), value
 
 
 class HedgeBudget(Protocol):
