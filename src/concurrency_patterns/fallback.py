@@ -229,14 +229,7 @@ class Fallback:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that the alternatives answer when it fails."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def answered(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return answered
+        return _decorate(self, fn)
 
     def statistics(self) -> FallbackStatistics:
         """Return where the answers came from so far."""
@@ -266,11 +259,13 @@ class Fallback:
                 # Asked in the ``except``, so that Python chains the errors.
                 return await self._ask(number + 1, original, requests, args, kwargs)
             self._failed += 1
-            notify(self.on_event, "fallback.failed", error=error)
+            if self.on_event is not None:
+                notify(self.on_event, "fallback.failed", error=error)
             raise
         source = alternative.name
         self._sources[source] += 1
-        notify(self.on_event, "fallback.degraded", source=source, error=original)
+        if self.on_event is not None:
+            notify(self.on_event, "fallback.degraded", source=source, error=original)
         return Outcome(value, degraded=True, source=source, error=original)
 
     async def _answer(
@@ -472,14 +467,7 @@ class StaleCache:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that its answers are kept."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def answered(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return answered
+        return _decorate(self, fn)
 
     def clear(self) -> None:
         """Forget all answers; one that is being fetched reaches its callers, but is not kept."""
@@ -526,12 +514,14 @@ class StaleCache:
         if entry is None or now - entry.stored >= self.ttl + self.stale_ttl:
             self._entries.pop(key, None)
             self._failed += 1
-            notify(self.on_event, "fallback.failed", error=error)
+            if self.on_event is not None:
+                notify(self.on_event, "fallback.failed", error=error)
             return None
         self._entries.move_to_end(key)
         self._stale += 1
-        age = now - entry.stored
-        notify(self.on_event, "fallback.degraded", source=STALE, error=error, seconds=age)
+        if self.on_event is not None:
+            event = {"source": STALE, "error": error, "seconds": now - entry.stored}
+            notify(self.on_event, "fallback.degraded", **event)
         return Outcome(entry.value, degraded=True, source=STALE, error=error)
 
     async def _fetch(self, key: Hashable, fetch: Callable[[], Awaitable[Any]]) -> Any:
@@ -725,7 +715,8 @@ class Hedge:
             await asyncio.wait(attempts, timeout=delay)
             if not attempts[0].done() and self._may_hedge(clock()):
                 attempts.append(_begin(fn, args, kwargs))
-                notify(self.on_event, "hedge.started", seconds=clock() - start)
+                if self.on_event is not None:
+                    notify(self.on_event, "hedge.started", seconds=clock() - start)
             winner = await _first_answer(attempts)
             value = attempts[winner].result()
             if winner == 0 or not attempts[0].done():
@@ -733,8 +724,8 @@ class Hedge:
                 self._latencies.add(clock() - start)
             if len(attempts) > 1:
                 self._won += winner
-                which = ("first", "second")[winner]
-                notify(self.on_event, "hedge.won", which=which)
+                if self.on_event is not None:
+                    notify(self.on_event, "hedge.won", which=("first", "second")[winner])
             return value
         finally:
             await _reap(attempts)
@@ -742,14 +733,7 @@ class Hedge:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that it is called once more if it takes long."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def hedged(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return hedged
+        return _decorate(self, fn)
 
     def statistics(self) -> HedgeStatistics:
         """Return how many calls were hedged, and whether that helped."""
@@ -871,6 +855,25 @@ class _Latencies:
     def at(self, percentile: float) -> float:
         """Return the latency at the nearest rank."""
         return self._by_size[math.ceil(percentile * len(self._by_size) - 1e-9) - 1]
+
+
+class _Policy(Protocol):
+    async def call(
+        self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+
+
+def _decorate(
+    policy: _Policy, fn: Callable[P, Awaitable[T]]
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    if not inspect.iscoroutinefunction(fn):
+        raise TypeError(f"fn must be an async function, got {fn!r}")
+
+    @functools.wraps(fn)
+    async def decorated(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await policy.call(fn, *args, **kwargs)
+
+    return decorated
 
 
 def _exceptions(on: type[Exception] | tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
