@@ -145,7 +145,7 @@ async def test_an_alternative_that_hangs_says_so() -> None:
     with pytest.raises(DeadlineExceeded, match=r"hangs did not answer within 0\.5 s") as raised:
         await Fallback(hangs, timeout=0.5).call(fails)
     assert raised.value.seconds == 0.5
-    assert isinstance(raised.value.__context__, ConnectionError)
+    assert isinstance(raised.value.__cause__, ConnectionError)
 
 
 async def test_an_alternative_sees_its_time_limit() -> None:
@@ -186,17 +186,30 @@ async def test_an_alternatives_own_timeout_error_is_not_relabelled() -> None:
 def shown(error: BaseException) -> list[str]:
     """Return the kinds of the exceptions that a traceback shows, the last one first."""
     lines = "".join(traceback.format_exception(error)).splitlines()
-    return [line.partition(":")[0] for line in reversed(lines) if re.match(r"[A-Z]\w+:", line)]
+    kinds = [re.match(r"[\w.]+(?=$|:)", line) for line in reversed(lines)]
+    return [kind[0] for kind in kinds if kind]
 
 
-async def test_when_nobody_answers_the_last_error_leads_to_the_others() -> None:
-    """Its traceback shows them all: the alternatives with what made each of them fail, the service.
-
-    They are chained as if each had been asked in the ``except`` of the one before.
-    """
+async def test_when_nobody_answers_the_last_error_has_the_others_as_causes() -> None:
+    """Nothing is lost: last alternative, first alternative, service."""
 
     def cache(key: str) -> str:
         raise KeyError(key)
+
+    async def broken(_: str) -> str:
+        raise OSError("disk") from ValueError("inner")
+
+    with pytest.raises(OSError, match="disk") as raised:
+        await Fallback(cache, broken).call(fails, "a")
+    kinds, error = [], raised.value
+    while error is not None:
+        kinds.append(type(error))
+        error = error.__cause__
+    assert kinds == [OSError, ValueError, KeyError, ConnectionError]
+
+
+async def test_what_made_an_alternative_fail_is_not_hidden() -> None:
+    """What it handled when it failed stays in the traceback, before the errors of the others."""
 
     async def broken(_: str) -> str:
         try:
@@ -205,8 +218,34 @@ async def test_when_nobody_answers_the_last_error_leads_to_the_others() -> None:
             raise OSError("disk")  # noqa: B904 -- without "from", as it happens
 
     with pytest.raises(OSError, match="disk") as raised:
-        await Fallback(cache, broken).call(fails, "a")
-    assert shown(raised.value) == ["OSError", "ValueError", "KeyError", "ConnectionError"]
+        await Fallback(hangs, broken, timeout=1).call(fails, "a")
+    assert shown(raised.value) == [
+        "OSError",
+        "ValueError",
+        "concurrency_patterns.errors.DeadlineExceeded",
+        "ConnectionError",
+    ]
+
+
+async def test_a_time_limit_does_not_break_the_chain() -> None:
+    """Python forgets what a cancelled coroutine handles; nothing is lost nevertheless."""
+
+    async def broken(_: str) -> str:
+        try:
+            await asyncio.wait_for(asyncio.sleep(60), 1)
+        except TimeoutError:
+            raise OSError("disk")  # noqa: B904 -- as above
+        return ""
+
+    with pytest.raises(OSError, match="disk") as raised:
+        await Fallback(hangs, broken, timeout=5).call(fails, "a")
+    assert shown(raised.value) == [
+        "OSError",
+        "TimeoutError",
+        "asyncio.exceptions.CancelledError",
+        "concurrency_patterns.errors.DeadlineExceeded",
+        "ConnectionError",
+    ]
 
 
 async def test_the_same_error_from_all_makes_no_circle() -> None:
@@ -222,6 +261,26 @@ async def test_the_same_error_from_all_makes_no_circle() -> None:
     assert shared.__cause__ is shared.__context__ is None
 
 
+async def test_a_fallback_in_a_fallback_loses_no_error() -> None:
+    """What was chained inside is not taken for that of an earlier call."""
+    kept = KeyError("kept")
+
+    def cache(number: str) -> str:
+        raise kept
+
+    fallback = Fallback(Fallback(cache)(is_late))
+    for number in "12":
+        with pytest.raises(KeyError):
+            await fallback.call(fails, number)
+        assert shown(kept) == ["KeyError", "TimeoutError", "ConnectionError"]
+    assert str(kept.__cause__.__cause__) == "no 2"
+
+
+async def is_late(key: str) -> str:
+    """Fail in another way."""
+    raise TimeoutError(key)
+
+
 async def test_an_error_that_is_raised_again_and_again_leads_only_to_those_of_its_call() -> None:
     """What an alternative keeps and raises in each call does not collect the service's errors."""
     kept = KeyError("kept")
@@ -229,11 +288,12 @@ async def test_an_error_that_is_raised_again_and_again_leads_only_to_those_of_it
     def cache(number: str) -> str:
         raise kept
 
+    fallback = Fallback(cache)
     for number in "123":
         with pytest.raises(KeyError):
-            await Fallback(cache).call(fails, number)
+            await fallback.call(fails, number)
     assert shown(kept) == ["KeyError", "ConnectionError"]
-    assert str(kept.__context__) == "no 3"
+    assert str(kept.__cause__) == "no 3"
 
 
 async def test_a_cancelled_call_asks_nobody() -> None:
@@ -937,11 +997,11 @@ async def test_a_failure_does_not_win_while_the_other_attempt_runs(
     assert replicas.cancelled == []
 
 
-async def test_when_both_fail_the_last_error_leads_to_the_other() -> None:
+async def test_when_both_fail_the_last_error_has_the_other_as_its_cause() -> None:
     """Nothing is lost, and nothing is logged about exceptions that nobody saw."""
     with pytest.raises(ConnectionError, match="attempt 0") as raised:
         await Hedge(delay=1).call(Replicas(-5, -1))
-    assert str(raised.value.__context__) == "attempt 1"
+    assert str(raised.value.__cause__) == "attempt 1"
 
 
 async def test_an_early_failure_is_raised_at_once() -> None:

@@ -141,9 +141,8 @@ class Fallback:
     until one answers: a replica, a cache, a :func:`constant`.
 
     A cancelled call is over, and nobody else is asked, not even if the function turns its
-    cancellation into another error. If no alternative answers, the error of the
-    last one is raised; the earlier ones are its ``__context__``, as if each alternative had been
-    asked in the ``except`` of the one before.
+    cancellation into another error. If no alternative answers, the error of the last one is raised,
+    with the earlier ones as its causes.
 
     Args:
         *alternatives: Functions, asynchronous or not, or :class:`Alternative` objects; in the order
@@ -204,10 +203,12 @@ class Fallback:
         except Exception as error:
             if not _matches(error, self._on) or _is_cancelled(error, requests):
                 raise
-            outcome: Outcome[T] = await self._ask(0, error, requests, args, kwargs)
-            return outcome.value
-        self._primary += 1
-        return value
+            errors = [error]
+        else:
+            self._primary += 1
+            return value
+        outcome: Outcome[T] = await self._ask(errors, requests, args, kwargs)
+        return outcome.value
 
     async def outcome(
         self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
@@ -223,9 +224,11 @@ class Fallback:
         except Exception as error:
             if not _matches(error, self._on) or _is_cancelled(error, requests):
                 raise
-            return await self._ask(0, error, requests, args, kwargs)
-        self._primary += 1
-        return Outcome(value, degraded=False, source=PRIMARY, error=None)
+            errors = [error]
+        else:
+            self._primary += 1
+            return Outcome(value, degraded=False, source=PRIMARY, error=None)
+        return await self._ask(errors, requests, args, kwargs)
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that the alternatives answer when it fails."""
@@ -242,31 +245,34 @@ class Fallback:
 
     async def _ask(
         self,
-        number: int,
-        original: Exception,
+        errors: list[Exception],
         requests: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Outcome[Any]:
-        """Ask the alternative of this number, and if it fails those behind it."""
-        alternative = self._alternatives[number]
+        # Not called in an ``except``: behind a cancellation Python would mix up the contexts.
+        original = errors[0]
         try:
-            value = await self._answer(alternative, args, kwargs)
-        except Exception as error:
-            if _is_cancelled(error, requests):
-                raise
-            if number + 1 < len(self._alternatives):
-                # Asked in the ``except``, so that Python chains the errors.
-                return await self._ask(number + 1, original, requests, args, kwargs)
+            for alternative in self._alternatives:
+                try:
+                    value = await self._answer(alternative, args, kwargs)
+                except Exception as error:
+                    if _is_cancelled(error, requests):
+                        raise
+                    _link(error, errors[-1], self)
+                    errors.append(error)
+                else:
+                    source = alternative.name
+                    self._sources[source] += 1
+                    if self.on_event is not None:
+                        notify(self.on_event, "fallback.degraded", source=source, error=original)
+                    return Outcome(value, degraded=True, source=source, error=original)
             self._failed += 1
             if self.on_event is not None:
-                notify(self.on_event, "fallback.failed", error=error)
-            raise
-        source = alternative.name
-        self._sources[source] += 1
-        if self.on_event is not None:
-            notify(self.on_event, "fallback.degraded", source=source, error=original)
-        return Outcome(value, degraded=True, source=source, error=original)
+                notify(self.on_event, "fallback.failed", error=errors[-1])
+            raise errors[-1]
+        finally:
+            errors.clear()  # the traceback holds this frame: no cycle
 
     async def _answer(
         self, alternative: Alternative, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -637,7 +643,7 @@ class Hedge:
     ended before the answer is returned.
 
     An attempt that fails is no answer as long as the other one is under way. If both fail, the
-    error of the one that ended last is raised; that of the other one is its ``__context__``. If the
+    error of the one that ended last is raised, with the other one as its cause. If the
     first fails before the delay is over, its error is raised at once: to try again is the business
     of a :class:`~concurrency_patterns.retry.Retry`, which belongs outside. When the call is
     cancelled, both attempts are.
@@ -717,7 +723,7 @@ class Hedge:
                 attempts.append(_begin(fn, args, kwargs))
                 if self.on_event is not None:
                     notify(self.on_event, "hedge.started", seconds=clock() - start)
-            winner = await _first_answer(attempts)
+            winner = await _first_answer(attempts, self)
             value = attempts[winner].result()
             if winner == 0 or not attempts[0].done():
                 # If it lost, it would have taken longer still: it counts as slow either way.
@@ -766,20 +772,23 @@ def _begin(
     return asyncio.create_task(attempt())
 
 
-async def _first_answer(attempts: Sequence[asyncio.Task[Any]]) -> int:
-    """Return the number of the attempt that answers first; if none does, raise the last error."""
+async def _first_answer(attempts: Sequence[asyncio.Task[Any]], hedge: Hedge) -> int:
+    """Return the number of the attempt that answers first; if none does, of the one ended last."""
     await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
     first = next(number for number, task in enumerate(attempts) if task.done())
-    try:
-        attempts[first].result()
-    except (Exception, asyncio.CancelledError):
-        if len(attempts) == 1:
-            raise
-        other = 1 - first
-        await asyncio.wait([attempts[other]])
-        attempts[other].result()  # raised in the ``except``, so that Python chains the errors
-        return other
-    return first
+    failure = _failure(attempts[first])
+    if failure is None or len(attempts) == 1:
+        return first
+    other = 1 - first
+    await asyncio.wait([attempts[other]])
+    error = _failure(attempts[other])
+    if error is not None:
+        _link(error, failure, hedge)
+    return other
+
+
+def _failure(task: asyncio.Task[Any]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 async def _reap(tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -890,3 +899,28 @@ def _matches(error: Exception, on: tuple[type[Exception], ...]) -> bool:
     return isinstance(error, ExceptionGroup) and all(
         _matches(leaf, on) for leaf in error.exceptions
     )
+
+
+def _link(error: BaseException, before: BaseException, by: object) -> None:
+    """Let the traceback of ``error`` show ``before`` behind what made ``error`` happen."""
+    known = {id(link) for link in _shown(before)}
+    tail = None
+    for link in _shown(error):
+        if id(link) in known:
+            break
+        tail = link
+        if getattr(link, "_linked_by", None) == id(by):
+            break  # raised again: what it was linked to then makes way
+    if tail is not None:
+        tail.__cause__ = before
+        tail._linked_by = id(by)  # type: ignore[attr-defined]
+
+
+def _shown(error: BaseException | None) -> list[BaseException]:
+    """Return the exceptions that a traceback of ``error`` shows, the newest first."""
+    shown: list[BaseException] = []
+    while error is not None and error not in shown:
+        shown.append(error)
+        context = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or context
+    return shown
