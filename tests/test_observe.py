@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gc
 import json
@@ -34,6 +35,7 @@ from concurrency_patterns.errors import (
     QueueFull,
     RateLimitExceeded,
 )
+from concurrency_patterns.fallback import Fallback, Hedge, StaleCache, constant
 from concurrency_patterns.observe import (
     BackgroundListener,
     Event,
@@ -49,7 +51,9 @@ from concurrency_patterns.timeout import Timeout
 from concurrency_patterns.token_bucket import TokenBucket, TokenBuckets
 from concurrency_patterns.worker_pool import WorkerPool
 
-DASHBOARD = Path(__file__).parent.parent / "conf" / "static" / "grafana-dashboard.json"
+HOUSE = Path(__file__).parent.parent
+PACKAGE = HOUSE / "src" / "concurrency_patterns"
+DASHBOARD = HOUSE / "conf" / "static" / "grafana-dashboard.json"
 
 
 class Source:
@@ -400,6 +404,88 @@ def test_only_an_async_function_is_measured():
     """Decorating a plain function is refused."""
     with pytest.raises(TypeError, match=r"^fn must be an async function"):
         Measured()(len)
+
+
+def string_of(node, module):
+    """Return the string that an expression stands for; a process pool's kinds lack its name."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value if "." in node.value else f"{module}.{node.value}"
+    return None
+
+
+def kinds_in(module):
+    """Return the kinds that a module hands to ``notify``, or puts into a list for it with data."""
+    kinds = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id="notify"), args=[_, kind, *_]):
+                kinds.add(string_of(kind, module))
+            case ast.Call(
+                func=ast.Attribute(attr="append" | "insert"),
+                args=[*_, ast.Tuple(elts=[kind, ast.Dict() | ast.Name(id="data")])],
+            ):
+                kinds.add(string_of(kind, module))
+    return kinds - {None}
+
+
+def kinds_on(page):
+    """Return the kinds in the table of a page, in which those of one module share a row."""
+    kinds = set()
+    for row in re.findall(r"^\| (`\w+\.\w+`.*?) \|", page.read_text("utf-8"), re.MULTILINE):
+        module = None
+        for words in re.findall(r"`([\w.]+)`", row):
+            first, _, what = words.rpartition(".")
+            module = first or module
+            kinds.add(f"{module}.{what}")
+    return kinds
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_page_names_all_kinds_of_events(language):
+    """The table of the page has the kinds that the modules tell, and no others."""
+    modules = [path.stem for path in PACKAGE.glob("*.py")]
+    told = set().union(*map(kinds_in, modules))
+
+    assert len(told) > 20
+    assert kinds_on(HOUSE / "docs" / language / "observability.md") == told
+
+
+async def test_without_a_listener_nobody_is_notified(monkeypatch):
+    """A call that succeeds prepares no event, nor does one that is degraded."""
+
+    def refuse(listener, kind, /, **data):
+        raise AssertionError(kind)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("concurrency_patterns.") and hasattr(module, "notify"):
+            monkeypatch.setattr(module, "notify", refuse)
+    policies = [
+        Measured(),
+        Retry(on=OSError),
+        Timeout(60),
+        CircuitBreaker(),
+        ConcurrencyLimiter(1),
+        TokenBucket(1, 1),
+        Hedge(delay=0.5),
+        StaleCache(0, 60),
+        Fallback(constant(None)),
+    ]
+    for policy in policies:
+        await policy.call(asyncio.sleep, 1)
+    cache, fallback = policies[-2:]
+    attempts = iter([None, ConnectionError(), ConnectionError()])
+
+    async def fail_later():
+        error = next(attempts)
+        if error is not None:
+            raise error
+
+    for _ in range(2):
+        await cache.call(fail_later)
+    await fallback.call(fail_later)
+    for policy in (StaleCache(1, 1), Fallback(fail)):
+        with pytest.raises(ConnectionError):
+            await policy.call(fail)
 
 
 # Attaching and detaching
