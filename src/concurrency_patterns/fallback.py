@@ -382,8 +382,8 @@ class StaleCache:
     see the deadline of a caller: put a :class:`~concurrency_patterns.timeout.Timeout` inside.
 
     An answer belongs to the function and its arguments; 1, 1.0 and True are different ones. A
-    function that asks the cache for the answer for which it is asked itself, by whatever way, gets
-    a :exc:`RuntimeError` instead of waiting for ever. All callers get the same object, so it
+    function that asks for the very answer that it is to give, by way of others or not, gets a
+    :exc:`RuntimeError`, as it would wait for ever. All callers get the same object, so it
     should not be changed. When the cache is used on another event loop, it begins empty.
 
     Args:
@@ -640,7 +640,7 @@ class Hedge:
 
     One call in a hundred may hit a server that is just collecting garbage, and takes a hundred
     times as long. The second attempt most likely does not. The slower one is cancelled, and has
-    ended before the answer is returned.
+    ended before the answer is returned; one that refuses to end holds up the answer.
 
     An attempt that fails is no answer as long as the other one is under way. If both fail, the
     error of the one that ended last is raised, with the other one as its cause. If the

@@ -89,8 +89,7 @@ def observe(name: str, policy: object, *listeners: Callable[[Event], object]) ->
         The observation. It ends with its ``detach()``, or at the end of a ``with`` block.
 
     Raises:
-        TypeError: If nothing here can be observed, ``name`` is no string, or a listener cannot be
-            called or is asynchronous.
+        TypeError: If nothing here can be observed, or ``name`` or a listener is of the wrong type.
         ValueError: If ``name`` is empty, or there is no listener.
     """
     if not isinstance(name, str):
