@@ -912,8 +912,9 @@ def _link(error: BaseException, before: BaseException, by: object) -> None:
         if getattr(link, "_linked_by", None) == id(by):
             break  # raised again: what it was linked to then makes way
     if tail is not None:
-        tail.__cause__ = before
-        tail._linked_by = id(by)  # type: ignore[attr-defined]
+        # In a way that works for a class that forbids it, such as a frozen dataclass.
+        BaseException.__setattr__(tail, "__cause__", before)
+        BaseException.__setattr__(tail, "_linked_by", id(by))
 
 
 def _shown(error: BaseException | None) -> list[BaseException]:
@@ -921,6 +922,6 @@ def _shown(error: BaseException | None) -> list[BaseException]:
     shown: list[BaseException] = []
     while error is not None and error not in shown:
         shown.append(error)
-        context = None if error.__suppress_context__ else error.__context__
-        error = error.__cause__ or context
+        hidden = error.__suppress_context__  # which a cause sees to
+        error = error.__cause__ if hidden else error.__context__
     return shown
