@@ -473,3 +473,27 @@ def test_no_cancellation_loses_a_slot_or_a_place() -> None:
         return limiter.statistics().in_use == 0 and breakers[-1].statistics().probes_out == 0
 
     assert explore_cancellation(make, scenario, is_whole) > 10
+
+
+def test_no_cancellation_upsets_the_standard_composition() -> None:
+    """T2: at whichever step a call is cancelled, slots come back and the circuit stays closed."""
+
+    def make() -> Composition:
+        return standard(
+            lambda: "degraded", timeout=5, attempts=2, concurrency=1, rate=10, deadline=60
+        )
+
+    async def scenario(pipeline: Composition) -> None:
+        async with asyncio.TaskGroup() as group:
+            for failures in (0, 1):
+                group.create_task(pipeline.call(Service(failures, takes=1)))
+
+    async def is_whole(pipeline: Composition) -> bool:
+        answer = await pipeline.call(Service())
+        limiter = next(each for each in pipeline.policies if isinstance(each, ConcurrencyLimiter))
+        breaker = next(each for each in pipeline.policies if isinstance(each, CircuitBreaker))
+        slots = limiter.statistics()
+        closed = breaker.state is CircuitState.CLOSED
+        return answer == () and closed and (slots.in_use, slots.waiting) == (0, 0)
+
+    assert explore_cancellation(make, scenario, is_whole) > 10

@@ -8,7 +8,10 @@ import functools
 import gc
 import math
 import random
+import re
 import time
+import traceback
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -146,6 +149,29 @@ async def test_an_alternative_that_hangs_says_so() -> None:
     assert isinstance(raised.value.__cause__, ConnectionError)
 
 
+async def test_an_alternative_sees_its_time_limit() -> None:
+    """``remaining()`` tells it its limit, or what is left of a deadline around if that is less."""
+    seen = []
+
+    async def look() -> None:
+        seen.append(remaining())
+
+    for fallback in (Fallback(look), Fallback(look, timeout=2), Fallback(look, timeout=20)):
+        async with deadline(10):
+            await fallback.call(fails_alone)
+    await Fallback(look, timeout=0.5).call(fails_alone)
+    assert seen == [10, 2, 10, 0.5]
+
+
+async def test_a_deadline_around_it_that_is_shorter_wins() -> None:
+    """The call ends with that deadline, and not with the limit of the alternative."""
+    asked = []
+    with pytest.raises(DeadlineExceeded, match="not done within 1 s"):
+        async with deadline(1):
+            await Fallback(hangs, asked.append, timeout=2).call(fails)
+    assert asked == []
+
+
 async def test_an_alternatives_own_timeout_error_is_not_relabelled() -> None:
     """T29: a ``TimeoutError`` that the alternative raises itself stays what it is."""
     own = TimeoutError("mine")
@@ -156,6 +182,13 @@ async def test_an_alternatives_own_timeout_error_is_not_relabelled() -> None:
     with pytest.raises(TimeoutError) as raised:
         await Fallback(times_out, timeout=5).call(fails)
     assert raised.value is own
+
+
+def shown(error: BaseException) -> list[str]:
+    """Return the kinds of the exceptions that a traceback shows, the last one first."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    kinds = [re.match(r"[\w.]+(?=$|:)", line) for line in reversed(lines)]
+    return [kind[0] for kind in kinds if kind]
 
 
 async def test_when_nobody_answers_the_last_error_has_the_others_as_causes() -> None:
@@ -176,6 +209,42 @@ async def test_when_nobody_answers_the_last_error_has_the_others_as_causes() -> 
     assert kinds == [OSError, ValueError, KeyError, ConnectionError]
 
 
+async def test_what_made_an_alternative_fail_is_not_hidden() -> None:
+    """What it handled when it failed stays in the traceback, before the errors of the others."""
+
+    async def broken(_: str) -> str:
+        try:
+            await asyncio.wait_for(asyncio.sleep(60), 1)
+        except TimeoutError:
+            raise OSError("disk")  # noqa: B904 -- without "from", as it happens
+        return ""
+
+    with pytest.raises(OSError, match="disk") as raised:
+        await Fallback(hangs, broken, timeout=5).call(fails, "a")
+    assert shown(raised.value) == [
+        "OSError",
+        "TimeoutError",
+        "asyncio.exceptions.CancelledError",
+        "concurrency_patterns.errors.DeadlineExceeded",
+        "ConnectionError",
+    ]
+
+
+async def test_an_error_that_cannot_be_changed_is_raised_as_it_is() -> None:
+    """A class of exceptions that forbids to set attributes is chained like any other."""
+
+    @dataclass(frozen=True)
+    class FrozenError(Exception):
+        key: str
+
+    async def broken(key: str) -> str:
+        raise FrozenError(key)
+
+    with pytest.raises(FrozenError) as raised:
+        await Fallback(broken).call(fails, "a")
+    assert isinstance(raised.value.__cause__, ConnectionError)
+
+
 async def test_the_same_error_from_all_makes_no_circle() -> None:
     """An alternative that raises the service's own error again does not become its own cause."""
     shared = ConnectionError("shared")
@@ -186,7 +255,42 @@ async def test_the_same_error_from_all_makes_no_circle() -> None:
     with pytest.raises(ConnectionError) as raised:
         await Fallback(fail, fail).call(fail)
     assert raised.value is shared
-    assert shared.__cause__ is None
+    assert shared.__cause__ is shared.__context__ is None
+
+
+async def test_a_fallback_in_a_fallback_loses_no_error() -> None:
+    """What was chained inside is not taken for that of an earlier call."""
+    kept = KeyError("kept")
+
+    def cache(number: str) -> str:
+        raise kept
+
+    fallback = Fallback(Fallback(cache)(is_late))
+    for number in "12":
+        with pytest.raises(KeyError):
+            await fallback.call(fails, number)
+        assert shown(kept) == ["KeyError", "TimeoutError", "ConnectionError"]
+    assert str(kept.__cause__.__cause__) == "no 2"
+
+
+async def is_late(key: str) -> str:
+    """Fail in another way."""
+    raise TimeoutError(key)
+
+
+async def test_an_error_that_is_raised_again_and_again_leads_only_to_those_of_its_call() -> None:
+    """What an alternative keeps and raises in each call does not collect the service's errors."""
+    kept = KeyError("kept")
+
+    def cache(number: str) -> str:
+        raise kept
+
+    fallback = Fallback(cache)
+    for number in "123":
+        with pytest.raises(KeyError):
+            await fallback.call(fails, number)
+    assert shown(kept) == ["KeyError", "ConnectionError"]
+    assert str(kept.__cause__) == "no 3"
 
 
 async def test_a_cancelled_call_asks_nobody() -> None:
@@ -203,6 +307,99 @@ async def test_a_cancelled_call_asks_nobody() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert asked == []
+
+
+async def breaks_when_cancelled(key: str = "k") -> str:
+    """Turn a cancellation into another error, as some drivers do."""
+    try:
+        return await hangs(key)
+    except asyncio.CancelledError:
+        raise ConnectionError("closed") from None
+
+
+async def breaks_in_a_group(key: str = "k") -> str:
+    """Do the same in two tasks of a group."""
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(breaks_when_cancelled(key))
+    return key
+
+
+@pytest.mark.parametrize("disguised", [breaks_when_cancelled, breaks_in_a_group])
+async def test_a_cancellation_in_disguise_asks_nobody(disguised: Any) -> None:
+    """T21: if a cancelled function raises another error, that is raised, and nobody is asked."""
+    asked: list[str] = []
+    for fallback, fn in [
+        (Fallback(asked.append), disguised),
+        (Fallback(disguised, asked.append), fails),
+        (Fallback(disguised, asked.append, timeout=60), fails),
+    ]:
+        task = asyncio.create_task(fallback.call(fn, "a"))
+        await asyncio.sleep(1)
+        task.cancel()
+        await asyncio.wait([task])
+        with pytest.raises((ConnectionError, ExceptionGroup)):
+            task.result()
+        statistics = fallback.statistics()
+        assert (statistics.degraded, statistics.failed) == (0, 0)
+    start = asyncio.get_running_loop().time()
+    with pytest.raises((ConnectionError, ExceptionGroup)):
+        async with deadline(1):
+            await Fallback(asked.append).outcome(disguised, "a")
+    assert asyncio.get_running_loop().time() == start + 1
+    assert asked == []
+
+
+async def test_the_limit_of_an_alternative_is_no_cancellation_of_the_call() -> None:
+    """If its own limit ends an alternative that then raises another error, the next is asked."""
+    assert await Fallback(breaks_when_cancelled, replica, timeout=1).call(fails) == "replica k"
+
+
+async def fails_in_a_group(key: str = "k") -> str:
+    """Fail in one task, while another breaks as it is cancelled for that."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(breaks_when_cancelled(key))
+        group.create_task(fails(key))
+    return key
+
+
+async def is_late_in_a_group(key: str = "k") -> str:
+    """Run into a time limit of its own in a task."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.wait_for(hangs(key), 1))
+    return key
+
+
+async def fails_after_a_group(key: str = "k") -> str:
+    """Fail after a group has failed, which leaves a request to cancel behind before Python 3.13."""
+    with contextlib.suppress(ExceptionGroup):
+        await fails_in_a_group(key)
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("failing", [fails_in_a_group, is_late_in_a_group, fails_after_a_group])
+async def test_a_group_that_failed_is_no_cancellation(failing: Any) -> None:
+    """A task group cancels the task that waits for it, which is not the end of the call."""
+    assert await Fallback(replica).call(failing) == "replica k"
+    assert await Fallback(failing, replica).call(fails) == "replica k"
+    assert (await Fallback(replica).outcome(failing)).source == "replica"
+
+
+async def test_a_fallback_in_a_cleanup_asks_the_alternatives() -> None:
+    """The cancellation that came before the call is not one of the call."""
+    answers = []
+
+    async def interrupted() -> None:
+        try:
+            await hangs()
+        finally:
+            answers.append(await Fallback(replica).call(fails))
+
+    task = asyncio.create_task(interrupted())
+    await asyncio.sleep(1)
+    task.cancel()
+    await asyncio.wait([task])
+    assert answers == ["replica k"]
 
 
 async def test_a_timeout_around_it_wins() -> None:
@@ -298,12 +495,17 @@ def test_used_on_three_loops() -> None:
 def test_no_cancellation_leaves_anything_behind() -> None:
     """T2: at whichever step a call is cancelled, the next one is answered."""
 
-    async def scenario(fallback: Fallback) -> None:
-        async def slow_failure() -> str:
-            await asyncio.sleep(1)
-            raise ConnectionError
+    async def slow_failure() -> str:
+        await asyncio.sleep(1)
+        raise ConnectionError
 
+    async def scenario(fallback: Fallback) -> None:
         await fallback.call(slow_failure)
+
+    async def outcomes(fallback: Fallback) -> None:
+        async with asyncio.TaskGroup() as group:
+            for fn in (works, slow_failure):
+                group.create_task(fallback.outcome(fn))
 
     async def is_usable(fallback: Fallback) -> bool:
         return await fallback.call(fails) == "default"
@@ -312,6 +514,7 @@ def test_no_cancellation_leaves_anything_behind() -> None:
         return Fallback(hangs, constant("default"), timeout=1)
 
     assert explore_cancellation(make, scenario, is_usable) > 3
+    assert explore_cancellation(make, outcomes, is_usable) > 10
 
 
 async def test_events_tell_who_answered() -> None:
@@ -518,6 +721,22 @@ async def test_the_key_can_be_made_by_a_function() -> None:
         await StaleCache(10, 10).call(prices, [])
 
 
+async def test_equal_arguments_of_different_types_are_different_arguments() -> None:
+    """As in ``lru_cache(typed=True)``: 1, 1.0 and True are not the same question."""
+    cache = StaleCache(10, 10)
+
+    async def show(*args: object, **kwargs: object) -> str:
+        return repr((*args, *kwargs.values()))
+
+    for value, answer in (1, "(1,)"), (1.0, "(1.0,)"), (True, "(True,)"):
+        assert await cache.call(show, value) == answer
+    assert [await cache.call(show, x=value) for value in (1, 1.0)] == ["(1,)", "(1.0,)"]
+    partial = functools.partial(show, 1)
+    assert [await cache.call(partial), await cache.call(show, 1)] == ["(1,)"] * 2
+    assert await cache.call(functools.partial(show, True)) == "(True,)"
+    assert cache.statistics().hits == 3
+
+
 async def test_the_least_recently_used_answer_goes_first() -> None:
     """There are never more than ``max_size`` answers."""
     cache, prices = StaleCache(60, 60, max_size=2), Prices()
@@ -543,15 +762,77 @@ async def test_clear_forgets_also_what_is_under_way() -> None:
     assert await cache.call(prices) == "answer 2"
 
 
-async def test_a_fetch_that_needs_itself_is_refused() -> None:
-    """A function that asks the cache for its own answer would wait for ever."""
+class Snake:
+    """Functions that ask a cache for each other's answers, the last one for that of the first."""
+
+    def __init__(self, cache: StaleCache, length: int, *, in_group: bool = False) -> None:
+        self.cache, self.length, self.in_group = cache, length, in_group
+
+    async def bite(self, number: int) -> str:
+        """Ask for the answer of the next one."""
+        asking = self.cache.call(self.bite, (number + 1) % self.length)
+        if not self.in_group:
+            return await asking
+        async with asyncio.TaskGroup() as group:
+            return await group.create_task(asking)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("in_group", [False, True])
+async def test_a_fetch_that_needs_itself_is_refused(length: int, in_group: bool) -> None:
+    """Functions that need each other's answers would wait for ever, also by way of other tasks."""
     cache = StaleCache(60, 60)
+    with pytest.raises((RuntimeError, ExceptionGroup)) as raised:
+        await Snake(cache, length, in_group=in_group).bite(0)
+    error: BaseException = raised.value
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    assert "the very answer" in str(error)
+    assert len(asyncio.all_tasks()) == 1
 
-    async def snake() -> str:
-        return await cache.call(snake)
 
-    with pytest.raises(RuntimeError, match="the very answer"):
-        await cache.call(snake)
+async def test_fetches_that_were_begun_apart_do_not_wait_for_each_other() -> None:
+    """One is refused; the other one gets its error, and so do the callers."""
+    cache = StaleCache(60, 60)
+    snake = Snake(cache, 2)
+    calls = (cache.call(snake.bite, number) for number in range(2))
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [RuntimeError] * 2
+
+
+async def test_fetches_may_share_what_they_need() -> None:
+    """An answer that two fetches need is no circle, nor is one that is needed once more later."""
+    cache, prices = StaleCache(0, 60), Prices()
+
+    async def page(name: str) -> str:
+        await cache.call(prices)
+        return name + " " + await cache.call(prices)
+
+    calls = (cache.call(page, name) for name in "ab")
+    assert await asyncio.gather(*calls) == ["a answer 2", "b answer 2"]
+
+    async def fibonacci(number: int) -> int:
+        before = (cache.call(fibonacci, number - step) for step in (1, 2))
+        return sum(await asyncio.gather(*before)) if number > 1 else number
+
+    assert await cache.call(fibonacci, 50) == 12586269025
+
+
+async def test_a_task_that_a_fetch_has_left_behind_may_ask_for_its_answer() -> None:
+    """When the fetch has ended, there is nothing that would wait for itself."""
+    cache, left = StaleCache(0, 60), []
+
+    async def renew() -> str:
+        await asyncio.sleep(1)
+        return await cache.call(fetch)
+
+    async def fetch() -> str:
+        if not left:
+            left.append(asyncio.create_task(renew()))
+        return "answer"
+
+    await cache.call(fetch)
+    assert await left[0] == "answer"
 
 
 async def test_a_cache_tells_of_old_answers() -> None:
@@ -600,6 +881,48 @@ def test_no_cancellation_spoils_the_cache() -> None:
         return answer.startswith("answer") and len(asyncio.all_tasks()) == 1
 
     assert explore_cancellation(lambda: StaleCache(10, 10), scenario, is_whole) > 5
+
+
+def test_no_cancellation_spoils_an_old_answer() -> None:
+    """T2: at whichever step calls of a failing service are cancelled, the old answer stays."""
+    prices = Prices()
+
+    async def scenario(cache: StaleCache) -> None:
+        prices.error = None
+        await cache.call(prices, "old")
+        prices.error = ConnectionError("down")
+        calls = (cache.call(prices, key) for key in ("old", "old", "none"))
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def is_whole(cache: StaleCache) -> bool:
+        had_an_answer = cache.statistics().size == 1
+        prices.error = ConnectionError("down")
+        with contextlib.suppress(ConnectionError):
+            outcome = await cache.outcome(prices, "old")
+            return outcome.source == "stale" and len(asyncio.all_tasks()) == 1
+        return not had_an_answer
+
+    assert explore_cancellation(lambda: StaleCache(0, 60), scenario, is_whole) > 10
+
+
+def test_no_cancellation_spoils_a_cache_that_is_cleared() -> None:
+    """T2: whoever is cancelled around a ``clear``, no fetch goes on, and no answer is mixed up."""
+    prices = Prices()
+
+    async def scenario(cache: StaleCache) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(cache.call(prices, "a"))
+            await asyncio.sleep(0.5)
+            cache.clear()
+            group.create_task(cache.call(prices, "a"))
+
+    async def is_whole(cache: StaleCache) -> bool:
+        held = cache.statistics().size
+        outcome = await cache.outcome(prices, "a")
+        source = "cache" if held else "primary"
+        return outcome.source == source and len(asyncio.all_tasks()) == 1
+
+    assert explore_cancellation(lambda: StaleCache(10, 10), scenario, is_whole) > 10
 
 
 class Replicas:
@@ -870,10 +1193,11 @@ def test_failures_leave_no_garbage() -> None:
         raise MarkedError
 
     async def main() -> int:
-        left = 0
-        for policy in (StaleCache(1, 1), Hedge(delay=0.05), Fallback(fail)):
+        left, cache = 0, StaleCache(1, 1)
+        calls = [policy.call for policy in (cache, Hedge(delay=0.05), Fallback(fail))]
+        for call in [*calls, functools.partial(cache.call, calls[0])]:
             with contextlib.suppress(MarkedError):
-                await policy.call(fail)
+                await call(fail)
             await asyncio.sleep(0)
             left += MarkedError.alive
         return left

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gc
 import json
 import logging
 import re
+import subprocess
 import sys
 import threading
 import time
 import urllib.request
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import prometheus_client
@@ -32,6 +35,7 @@ from concurrency_patterns.errors import (
     QueueFull,
     RateLimitExceeded,
 )
+from concurrency_patterns.fallback import Fallback, Hedge, StaleCache, constant
 from concurrency_patterns.observe import (
     BackgroundListener,
     Event,
@@ -47,7 +51,9 @@ from concurrency_patterns.timeout import Timeout
 from concurrency_patterns.token_bucket import TokenBucket, TokenBuckets
 from concurrency_patterns.worker_pool import WorkerPool
 
-DASHBOARD = Path(__file__).parent.parent / "conf" / "static" / "grafana-dashboard.json"
+HOUSE = Path(__file__).parent.parent
+PACKAGE = HOUSE / "src" / "concurrency_patterns"
+DASHBOARD = HOUSE / "conf" / "static" / "grafana-dashboard.json"
 
 
 class Source:
@@ -333,6 +339,53 @@ async def test_measured_tells_how_each_call_ended():
     assert statistics.seconds == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize(
+    ("errors", "outcome"),
+    [
+        ([QueueFull(), ExceptionGroup("", [QueueFull()])], "rejected"),
+        ([asyncio.CancelledError()], "cancelled"),
+        ([asyncio.CancelledError(), QueueFull()], "rejected"),
+        ([asyncio.CancelledError(), QueueFull(), KeyError()], "error"),
+    ],
+)
+async def test_measured_looks_into_groups(errors, outcome):
+    """A group of refusals or cancellations is no error; one error in it is."""
+    measured, told = Measured(), Recorded()
+    observe("service", measured, told)
+
+    async def fail_together():
+        raise BaseExceptionGroup("", errors)
+
+    with pytest.raises(BaseExceptionGroup):
+        await measured.call(fail_together)
+
+    assert told[0][1]["outcome"] == outcome
+
+
+def test_no_cancellation_is_lost_or_counted_as_something_else():
+    """T2: at whichever step a measured call is cancelled, each call has had one outcome."""
+    made = []
+
+    def setup():
+        made.clear()
+        return Measured()
+
+    async def call(measured, fn):
+        made.append(1)
+        await measured.call(fn, 1)
+
+    async def scenario(measured):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2):
+                group.create_task(call(measured, asyncio.sleep))
+
+    def all_have_ended(measured):
+        ended = measured.statistics()
+        return (ended.ok + ended.cancelled, ended.error, ended.rejected) == (len(made), 0, 0)
+
+    assert explore_cancellation(setup, scenario, all_have_ended) > 5
+
+
 async def test_measured_outside_and_inside_tells_waiting_and_running_apart():
     """The difference of two measurements is the wait in between."""
     outside, inside, told = Measured(), Measured(), []
@@ -351,6 +404,88 @@ def test_only_an_async_function_is_measured():
     """Decorating a plain function is refused."""
     with pytest.raises(TypeError, match=r"^fn must be an async function"):
         Measured()(len)
+
+
+def string_of(node, module):
+    """Return the string that an expression stands for; a process pool's kinds lack its name."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value if "." in node.value else f"{module}.{node.value}"
+    return None
+
+
+def kinds_in(module):
+    """Return the kinds that a module hands to ``notify``, or puts into a list for it with data."""
+    kinds = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id="notify"), args=[_, kind, *_]):
+                kinds.add(string_of(kind, module))
+            case ast.Call(
+                func=ast.Attribute(attr="append" | "insert"),
+                args=[*_, ast.Tuple(elts=[kind, ast.Dict() | ast.Name(id="data")])],
+            ):
+                kinds.add(string_of(kind, module))
+    return kinds - {None}
+
+
+def kinds_on(page):
+    """Return the kinds in the table of a page, in which those of one module share a row."""
+    kinds = set()
+    for row in re.findall(r"^\| (`\w+\.\w+`.*?) \|", page.read_text("utf-8"), re.MULTILINE):
+        module = None
+        for words in re.findall(r"`([\w.]+)`", row):
+            first, _, what = words.rpartition(".")
+            module = first or module
+            kinds.add(f"{module}.{what}")
+    return kinds
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_page_names_all_kinds_of_events(language):
+    """The table of the page has the kinds that the modules tell, and no others."""
+    modules = [path.stem for path in PACKAGE.glob("*.py")]
+    told = set().union(*map(kinds_in, modules))
+
+    assert len(told) > 20
+    assert kinds_on(HOUSE / "docs" / language / "observability.md") == told
+
+
+async def test_without_a_listener_nobody_is_notified(monkeypatch):
+    """A call that succeeds prepares no event, nor does one that is degraded."""
+
+    def refuse(listener, kind, /, **data):
+        raise AssertionError(kind)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("concurrency_patterns.") and hasattr(module, "notify"):
+            monkeypatch.setattr(module, "notify", refuse)
+    policies = [
+        Measured(),
+        Retry(on=OSError),
+        Timeout(60),
+        CircuitBreaker(),
+        ConcurrencyLimiter(1),
+        TokenBucket(1, 1),
+        Hedge(delay=0.5),
+        StaleCache(0, 60),
+        Fallback(constant(None)),
+    ]
+    for policy in policies:
+        await policy.call(asyncio.sleep, 1)
+    cache, fallback = policies[-2:]
+    attempts = iter([None, ConnectionError(), ConnectionError()])
+
+    async def fail_later():
+        error = next(attempts)
+        if error is not None:
+            raise error
+
+    for _ in range(2):
+        await cache.call(fail_later)
+    await fallback.call(fail_later)
+    for policy in (StaleCache(1, 1), Fallback(fail)):
+        with pytest.raises(ConnectionError):
+            await policy.call(fail)
 
 
 # Attaching and detaching
@@ -429,8 +564,9 @@ def test_what_cannot_be_observed_is_refused():
     """Each bad argument is named."""
     source = Source()
 
-    async def asynchronous(event):
-        """Would never be awaited."""
+    class Asynchronous:
+        async def __call__(self, event):
+            """Would never be awaited."""
 
     with pytest.raises(TypeError, match=r"^policy must have on_event"):
         observe("name", object(), print)
@@ -438,7 +574,9 @@ def test_what_cannot_be_observed_is_refused():
         observe("", source, print)
     with pytest.raises(ValueError, match=r"^listeners must not be empty"):
         observe("name", source)
-    for listener in (None, asynchronous):
+    with pytest.raises(TypeError, match=r"^name must be a str, got 5"):
+        observe(5, source, print)
+    for listener in (None, Asynchronous(), Asynchronous().__call__):
         with pytest.raises(TypeError, match=r"^a listener must be a plain function"):
             observe("name", source, listener)
     assert source.on_event is None
@@ -656,6 +794,24 @@ def test_without_a_loop_the_next_line_or_the_end_tells_what_was_held_back(log):
     ]
 
 
+def test_at_the_end_of_the_program_the_rest_is_told():
+    """A storm in the last second is not forgotten."""
+    program = (
+        "import logging, sys\n"
+        "from concurrency_patterns.observe import Event, LoggingListener\n"
+        "logging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
+        "listener = LoggingListener(max_per_second=1)\n"
+        "for _ in range(9):\n"
+        "    listener(Event('limiter.rejected', 'db', 0, {}))\n"
+    )
+    lines = subprocess.check_output([sys.executable, "-c", program], text=True).splitlines()
+
+    assert lines == [
+        "db: limiter.rejected",
+        "db: limiter.rejected: 8 more held back",
+    ]
+
+
 def test_a_level_that_is_off_costs_no_line_of_the_limit(caplog):
     """What is not logged is not counted as held back."""
     caplog.set_level(logging.WARNING)
@@ -739,15 +895,19 @@ def test_a_real_scrape_of_a_real_endpoint_has_all_metrics():
     assert breaker.statistics().failed == 2
 
 
+def circuit_state(registry, name="payments"):
+    """Return the metric of the circuits of this name."""
+    return registry.get_sample_value("concurrency_patterns_circuit_state", {"name": name})
+
+
 async def test_the_state_of_a_circuit_is_a_number():
-    """Closed from the beginning, then what the events say."""
+    """Closed from the beginning, then what it is at the moment of the scrape."""
     registry = prometheus_client.CollectorRegistry()
     breaker = CircuitBreaker(failures=1, open_for=5, probes=1)
     states = []
 
     def read(event=None):
-        labels = {"name": "payments"}
-        states.append(registry.get_sample_value("concurrency_patterns_circuit_state", labels))
+        states.append(circuit_state(registry))
 
     observe("payments", breaker, PrometheusListener(registry), read)
     read()
@@ -756,6 +916,58 @@ async def test_the_state_of_a_circuit_is_a_number():
     await breaker.call(asyncio.sleep, 0)
 
     assert states == [0, 2, 1, 0]
+
+
+async def test_the_state_of_a_circuit_needs_no_event():
+    """A circuit that was open before, and one whose open time is over, are shown as they are."""
+    registry = prometheus_client.CollectorRegistry()
+    breaker = CircuitBreaker(failures=1, open_for=5)
+    await asyncio.gather(breaker.call(fail), return_exceptions=True)
+    with observe("payments", breaker, PrometheusListener(registry)):
+        assert circuit_state(registry) == 2
+        await asyncio.sleep(5)
+        assert circuit_state(registry) == 1
+
+    assert circuit_state(registry) is None
+
+
+async def test_of_several_circuits_of_one_name_the_worst_is_shown():
+    """The recovery of one does not hide that another one is open."""
+    registry = prometheus_client.CollectorRegistry()
+    listener = PrometheusListener(registry)
+    breakers = [CircuitBreaker(failures=1, open_for=open_for, probes=1) for open_for in (5, 60)]
+    for breaker in breakers:
+        observe("payments", breaker, listener)
+    await asyncio.gather(*(each.call(fail) for each in breakers), return_exceptions=True)
+    await asyncio.sleep(5)
+    await breakers[0].call(asyncio.sleep, 0)
+
+    assert circuit_state(registry) == 2
+
+
+async def test_opentelemetry_reads_the_state_of_a_circuit_when_it_collects():
+    """By time alone from open to half-open; what is no more observed is not there any more."""
+    reader = InMemoryMetricReader()
+    provider = MeterProvider(metric_readers=[reader])
+    breaker = CircuitBreaker(failures=1, open_for=5)
+    await asyncio.gather(breaker.call(fail), return_exceptions=True)
+    with observe("payments", breaker, OpenTelemetryListener(provider.get_meter("test"))):
+        await asyncio.sleep(5)
+        state = value_of(points(reader)["concurrency_patterns.circuit.state"], name="payments")
+    later = reader.get_metrics_data()
+    provider.shutdown()
+
+    assert (state, later) == (1, None)
+
+
+def test_what_is_gone_is_not_kept_in_the_metrics():
+    """Breakers that come and go, as those of a registry with eviction, do not pile up."""
+    listener = PrometheusListener(prometheus_client.CollectorRegistry())
+    for _ in range(1000):
+        observe("hosts", CircuitBreaker(), listener)
+        gc.collect(0)
+
+    assert len(listener._watched._policies) < 100
 
 
 def test_levels_of_one_name_are_added_and_go_with_the_policy():
@@ -773,6 +985,30 @@ def test_levels_of_one_name_are_added_and_go_with_the_policy():
     del one
     gc.collect()
     assert registry.get_sample_value("concurrency_patterns_limit", labels) is None
+
+
+def test_a_policy_of_somebody_else_does_not_break_a_scrape():
+    """A field that is called as a level is left out if it is no number, or no known state."""
+
+    @dataclass
+    class Statistics:
+        limit: object
+        state: object
+
+    class Foreign(Source):
+        def __init__(self, *fields):
+            self.statistics = lambda: Statistics(*fields)
+
+    registry = prometheus_client.CollectorRegistry()
+    listener = PrometheusListener(registry)
+    policies = Foreign(None, []), Foreign(4, "open"), Foreign("much", "half-baked")
+    for policy in policies:
+        observe("payments", policy, listener)
+
+    assert circuit_state(registry) == 2
+    assert b'_limit{name="payments",policy="test_observe"} 4' in (
+        prometheus_client.generate_latest(registry)
+    )
 
 
 def test_a_policy_that_cannot_be_read_without_its_loop_is_left_out_of_a_scrape():
@@ -840,8 +1076,11 @@ def test_a_real_reader_of_the_sdk_gets_all_metrics():
     reader = InMemoryMetricReader()
     provider = MeterProvider(metric_readers=[reader])
     listener = OpenTelemetryListener(provider.get_meter("test"))
-    policies = run_virtual(use_everything(listener))
-    found = points(reader)
+
+    async def use_and_read():
+        return await use_everything(listener), points(reader)
+
+    policies, found = run_virtual(use_and_read())
     provider.shutdown()
 
     ours = "concurrency_patterns"

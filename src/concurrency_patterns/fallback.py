@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextvars
 import functools
 import inspect
 import math
+import sys
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 from .errors import (
@@ -24,7 +26,7 @@ from .errors import (
     check_seconds,
     notify,
 )
-from .timeout import without_deadline
+from .timeout import move_on_after, without_deadline
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
@@ -138,8 +140,9 @@ class Fallback:
     exceptions in ``on``, the alternatives are asked one after the other, with the same arguments,
     until one answers: a replica, a cache, a :func:`constant`.
 
-    A cancelled call is cancelled; nobody else is asked. If no alternative answers, the error of the
-    last one is raised, with the earlier ones as its causes.
+    A cancelled call is over, and nobody else is asked, not even if the function turns its
+    cancellation into another error. If no alternative answers, the error of the last one is raised,
+    with the earlier ones as its causes.
 
     Args:
         *alternatives: Functions, asynchronous or not, or :class:`Alternative` objects; in the order
@@ -147,8 +150,9 @@ class Fallback:
         on: The exceptions of the primary function that ask for an alternative. By default the
             failures of connections, timeouts, and the refusals of our own policies; a bug is not
             covered up. An exception group must consist of such exceptions.
-        timeout: The time limit of each alternative in seconds; ``None`` for no limit. A function
-            that is not asynchronous cannot be stopped.
+        timeout: The time limit of each alternative in seconds, which it sees as a
+            :func:`~concurrency_patterns.timeout.deadline`; ``None`` for no limit. A function that
+            is not asynchronous cannot be stopped.
 
     Raises:
         ValueError: If there is no alternative, or ``timeout`` is not above 0.
@@ -193,15 +197,18 @@ class Fallback:
             Exception: What ``fn`` raised, if ``on`` does not name it; or the error of the last
                 alternative.
         """
+        requests = _cancel_requests()
         try:
             value = await fn(*args, **kwargs)
         except Exception as error:
-            if not _matches(error, self._on):
+            if not _matches(error, self._on) or _is_cancelled(error, requests):
                 raise
-            outcome: Outcome[T] = await self._ask_alternatives(error, args, kwargs)
-            return outcome.value
-        self._primary += 1
-        return value
+            errors = [error]
+        else:
+            self._primary += 1
+            return value
+        outcome: Outcome[T] = await self._ask(errors, requests, args, kwargs)
+        return outcome.value
 
     async def outcome(
         self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
@@ -211,25 +218,21 @@ class Fallback:
         Returns:
             The answer, whether it is degraded, and its source.
         """
+        requests = _cancel_requests()
         try:
             value = await fn(*args, **kwargs)
         except Exception as error:
-            if not _matches(error, self._on):
+            if not _matches(error, self._on) or _is_cancelled(error, requests):
                 raise
-            return await self._ask_alternatives(error, args, kwargs)
-        self._primary += 1
-        return Outcome(value, degraded=False, source=PRIMARY, error=None)
+            errors = [error]
+        else:
+            self._primary += 1
+            return Outcome(value, degraded=False, source=PRIMARY, error=None)
+        return await self._ask(errors, requests, args, kwargs)
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that the alternatives answer when it fails."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def answered(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return answered
+        return _decorate(self, fn)
 
     def statistics(self) -> FallbackStatistics:
         """Return where the answers came from so far."""
@@ -240,41 +243,79 @@ class Fallback:
             sources=dict(self._sources),
         )
 
-    async def _ask_alternatives(
-        self, original: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
+    async def _ask(
+        self,
+        errors: list[Exception],
+        requests: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Outcome[Any]:
-        last = original
+        # Not called in an ``except``: behind a cancellation Python would mix up the contexts.
+        original = errors[0]
         try:
             for alternative in self._alternatives:
                 try:
-                    value = await self._ask(alternative, args, kwargs)
-                except Exception as error:  # noqa: BLE001 -- whatever it is, the next one is asked
-                    _add_cause(error, last)
-                    last = error
+                    value = await self._answer(alternative, args, kwargs)
+                except Exception as error:
+                    if _is_cancelled(error, requests):
+                        raise
+                    _link(error, errors[-1], self)
+                    errors.append(error)
                 else:
-                    self._sources[alternative.name] += 1
                     source = alternative.name
-                    notify(self.on_event, "fallback.degraded", source=source, error=original)
-                    return Outcome(value, degraded=True, source=alternative.name, error=original)
+                    self._sources[source] += 1
+                    if self.on_event is not None:
+                        notify(self.on_event, "fallback.degraded", source=source, error=original)
+                    return Outcome(value, degraded=True, source=source, error=original)
             self._failed += 1
-            notify(self.on_event, "fallback.failed", error=last)
-            raise last
+            if self.on_event is not None:
+                notify(self.on_event, "fallback.failed", error=errors[-1])
+            raise errors[-1]
         finally:
-            del last  # the traceback holds this frame: no cycle
+            errors.clear()  # the traceback holds this frame: no cycle
 
-    async def _ask(
+    async def _answer(
         self, alternative: Alternative, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         seconds = self._timeout if alternative.timeout is None else alternative.timeout
-        try:
-            async with asyncio.timeout(seconds) as scope:
-                value = alternative.fn(*args, **kwargs)
-                return await value if inspect.isawaitable(value) else value
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            message = f"{alternative.name} did not answer within {seconds} s"
-            raise DeadlineExceeded(message, seconds=seconds) from None
+        if seconds is None:
+            return await _call(alternative.fn, args, kwargs)
+        async with move_on_after(seconds):
+            return await _call(alternative.fn, args, kwargs)
+        message = f"{alternative.name} did not answer within {seconds} s"
+        raise DeadlineExceeded(message, seconds=seconds)
+
+
+def _cancel_requests() -> int:
+    """Return how many requests to cancel the current task has not been rid of."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def _is_cancelled(error: BaseException, requests: int) -> bool:
+    """Tell whether ``error`` took the place of a cancellation that came after ``requests``."""
+    if _cancel_requests() <= requests:
+        return False
+    # Before Python 3.13 a task group that fails may leave a request of its own behind.
+    return sys.version_info >= (3, 13) or _hides_cancellation(error)
+
+
+def _hides_cancellation(error: BaseException | None) -> bool:
+    """Tell whether ``error`` was raised while a cancellation was handled."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_hides_cancellation, error.exceptions))
+    # A time limit cancels, too, and takes its request back: behind its error is nothing of others.
+    while error is not None and not isinstance(error, TimeoutError):
+        if isinstance(error, asyncio.CancelledError):
+            return True
+        error = error.__context__
+    return False
+
+
+async def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that may be asynchronous, or not."""
+    value = fn(*args, **kwargs)
+    return await value if inspect.isawaitable(value) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,10 +349,24 @@ class _Entry:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A fetch under way, and how many wait for it."""
+    """A fetch under way, how many wait for it, and the fetches for which it waits itself."""
 
     task: asyncio.Task[Any] | None = None
     waiting: int = 0
+    needed: list[_Flight] = field(default_factory=list)
+
+    def needs(self, other: _Flight) -> bool:
+        """Tell whether it cannot end before ``other`` has."""
+        reached, ahead = {self}, [self]
+        while ahead:
+            new = set(ahead.pop().needed) - reached
+            reached |= new
+            ahead += new
+        return other in reached
+
+
+# The fetch that runs here, also in the tasks that it has begun.
+_here: contextvars.ContextVar[_Flight | None] = contextvars.ContextVar("flight", default=None)
 
 
 class StaleCache:
@@ -326,7 +381,9 @@ class StaleCache:
     others go on waiting; when the last one has left, the fetch is cancelled. Therefore it does not
     see the deadline of a caller: put a :class:`~concurrency_patterns.timeout.Timeout` inside.
 
-    An answer belongs to the function and its arguments. All callers get the same object, so it
+    An answer belongs to the function and its arguments; 1, 1.0 and True are different ones. A
+    function that asks for the very answer that it is to give, by way of others or not, gets a
+    :exc:`RuntimeError`, as it would wait for ever. All callers get the same object, so it
     should not be changed. When the cache is used on another event loop, it begins empty.
 
     Args:
@@ -416,14 +473,7 @@ class StaleCache:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that its answers are kept."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def answered(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return answered
+        return _decorate(self, fn)
 
     def clear(self) -> None:
         """Forget all answers; one that is being fetched reaches its callers, but is not kept."""
@@ -449,9 +499,16 @@ class StaleCache:
             self.clear()  # its clock may be another one, and no task of the old loop ends any more
         return loop
 
-    def _key_of(self, fn: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        made = self._key(*args, **kwargs) if self._key else (args, tuple(sorted(kwargs.items())))
-        key = (_identity(fn), made)
+    def _key_of(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Hashable:
+        made: object
+        if self._key is None:
+            made = args, tuple(sorted(kwargs.items()))
+            key = _identity(functools.partial(fn, *args, **kwargs))
+        else:
+            made = self._key(*args, **kwargs)
+            key = _identity(fn), made
         try:
             hash(key)
         except TypeError:
@@ -463,44 +520,50 @@ class StaleCache:
         if entry is None or now - entry.stored >= self.ttl + self.stale_ttl:
             self._entries.pop(key, None)
             self._failed += 1
-            notify(self.on_event, "fallback.failed", error=error)
+            if self.on_event is not None:
+                notify(self.on_event, "fallback.failed", error=error)
             return None
         self._entries.move_to_end(key)
         self._stale += 1
-        age = now - entry.stored
-        notify(self.on_event, "fallback.degraded", source=STALE, error=error, seconds=age)
+        if self.on_event is not None:
+            event = {"source": STALE, "error": error, "seconds": now - entry.stored}
+            notify(self.on_event, "fallback.degraded", **event)
         return Outcome(entry.value, degraded=True, source=STALE, error=error)
 
     async def _fetch(self, key: Hashable, fetch: Callable[[], Awaitable[Any]]) -> Any:
         """Wait for the fetch that is under way, or begin one."""
-        flight = self._flights.get(key)
+        flight, here = self._flights.get(key), _here.get()
         if flight is None:
             flight = self._flights[key] = _Flight()
             self._fetched += 1
-            flight.task = asyncio.create_task(
-                self._fly(key, flight, fetch), context=without_deadline()
-            )
+        elif here is not None and flight.needs(here):
+            raise RuntimeError("a fetch asks the cache for the very answer that it fetches")
         else:
             self._joined += 1
-        task = flight.task
-        if task is None or task is asyncio.current_task():
-            raise RuntimeError("a fetch asks the cache for the very answer that it fetches")
         flight.waiting += 1
+        needed = [] if here is None else here.needed
+        needed.append(flight)
         try:
-            await asyncio.wait([task])  # a cancellation ends the wait, and not the task
+            if flight.task is None:
+                flight.task = asyncio.create_task(
+                    self._fly(key, flight, fetch), context=without_deadline()
+                )
+            await asyncio.wait([flight.task])  # a cancellation ends the wait, and not the task
         finally:
+            needed.remove(flight)
             flight.waiting -= 1
-            if flight.waiting == 0:
+            if flight.waiting == 0 and flight.task is not None:
                 self._land(key, flight)  # who comes now begins a new one
-                await _reap([task])
+                await _reap([flight.task])
         try:
-            return task.result()
+            return flight.task.result()
         finally:
-            del task, flight  # the traceback of its exception holds this frame: no cycle
+            del flight, here  # the traceback of its exception holds this frame: no cycle
 
     async def _fly(
         self, key: Hashable, flight: _Flight, fetch: Callable[[], Awaitable[Any]]
     ) -> Any:
+        _here.set(flight)
         try:
             value = await fetch()
             if self._flights.get(key) is flight and self._loop is not None:
@@ -508,7 +571,8 @@ class StaleCache:
             return value
         finally:
             self._land(key, flight)
-            del flight  # it knows this task, and the traceback of a failure this frame: no cycle
+            _here.set(None)
+            del flight  # it knows this task, as did its context and does this frame: no cycle
 
     def _land(self, key: Hashable, flight: _Flight) -> None:
         if self._flights.get(key) is flight:
@@ -522,15 +586,18 @@ class StaleCache:
             self._evicted += 1
 
 
-def _identity(fn: object) -> Hashable:
-    """Return what two functions have in common that do the same: partials differ by identity."""
-    if isinstance(fn, functools.partial):
+def _identity(value: object) -> Hashable:
+    """Return what is the same for two functions that do the same: partials differ by identity.
+
+    So do arguments that are equal and of different types, such as 1 and True.
+    """
+    if isinstance(value, functools.partial):
         return (
-            _identity(fn.func),
-            tuple(map(_identity, fn.args)),
-            tuple((name, _identity(value)) for name, value in sorted(fn.keywords.items())),
+            _identity(value.func),
+            tuple(map(_identity, value.args)),
+            tuple((name, _identity(given)) for name, given in sorted(value.keywords.items())),
         )
-    return fn
+    return type(value), value
 
 
 class HedgeBudget(Protocol):
@@ -573,13 +640,13 @@ class Hedge:
 
     One call in a hundred may hit a server that is just collecting garbage, and takes a hundred
     times as long. The second attempt most likely does not. The slower one is cancelled, and has
-    ended before the answer is returned.
+    ended before the answer is returned; one that refuses to end holds up the answer.
 
     An attempt that fails is no answer as long as the other one is under way. If both fail, the
-    error of the one that ended last is raised, with the other one as its cause. If the first fails
-    before the delay is over, its error is raised at once: to try again is the business of a
-    :class:`~concurrency_patterns.retry.Retry`, which belongs outside. When the call is cancelled,
-    both attempts are.
+    error of the one that ended last is raised, with the other one as its cause. If the
+    first fails before the delay is over, its error is raised at once: to try again is the business
+    of a :class:`~concurrency_patterns.retry.Retry`, which belongs outside. When the call is
+    cancelled, both attempts are.
 
     Only for what may be done twice, such as reading.
 
@@ -654,16 +721,17 @@ class Hedge:
             await asyncio.wait(attempts, timeout=delay)
             if not attempts[0].done() and self._may_hedge(clock()):
                 attempts.append(_begin(fn, args, kwargs))
-                notify(self.on_event, "hedge.started", seconds=clock() - start)
-            winner = await _first_answer(attempts)
+                if self.on_event is not None:
+                    notify(self.on_event, "hedge.started", seconds=clock() - start)
+            winner = await _first_answer(attempts, self)
             value = attempts[winner].result()
             if winner == 0 or not attempts[0].done():
                 # If it lost, it would have taken longer still: it counts as slow either way.
                 self._latencies.add(clock() - start)
             if len(attempts) > 1:
                 self._won += winner
-                which = ("first", "second")[winner]
-                notify(self.on_event, "hedge.won", which=which)
+                if self.on_event is not None:
+                    notify(self.on_event, "hedge.won", which=("first", "second")[winner])
             return value
         finally:
             await _reap(attempts)
@@ -671,14 +739,7 @@ class Hedge:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that it is called once more if it takes long."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def hedged(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return hedged
+        return _decorate(self, fn)
 
     def statistics(self) -> HedgeStatistics:
         """Return how many calls were hedged, and whether that helped."""
@@ -711,25 +772,23 @@ def _begin(
     return asyncio.create_task(attempt())
 
 
-async def _first_answer(attempts: Sequence[asyncio.Task[Any]]) -> int:
+async def _first_answer(attempts: Sequence[asyncio.Task[Any]], hedge: Hedge) -> int:
     """Return the number of the attempt that answers first; if none does, of the one ended last."""
-    running = set(attempts)
-    failed: BaseException | None = None
-    while True:
-        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for number, task in enumerate(attempts):
-            if task not in running or not task.done():
-                continue
-            running.discard(task)
-            if not task.cancelled():
-                error = task.exception()
-                if error is None:
-                    return number
-                if failed is not None:
-                    _add_cause(error, failed)
-                failed = error
-            if not running:
-                return number
+    await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+    first = next(number for number, task in enumerate(attempts) if task.done())
+    failure = _failure(attempts[first])
+    if failure is None or len(attempts) == 1:
+        return first
+    other = 1 - first
+    await asyncio.wait([attempts[other]])
+    error = _failure(attempts[other])
+    if error is not None:
+        _link(error, failure, hedge)
+    return other
+
+
+def _failure(task: asyncio.Task[Any]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 async def _reap(tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -807,6 +866,25 @@ class _Latencies:
         return self._by_size[math.ceil(percentile * len(self._by_size) - 1e-9) - 1]
 
 
+class _Policy(Protocol):
+    async def call(
+        self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+
+
+def _decorate(
+    policy: _Policy, fn: Callable[P, Awaitable[T]]
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    if not inspect.iscoroutinefunction(fn):
+        raise TypeError(f"fn must be an async function, got {fn!r}")
+
+    @functools.wraps(fn)
+    async def decorated(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await policy.call(fn, *args, **kwargs)
+
+    return decorated
+
+
 def _exceptions(on: type[Exception] | tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
     kinds = on if isinstance(on, tuple) else (on,)
     if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
@@ -823,16 +901,27 @@ def _matches(error: Exception, on: tuple[type[Exception], ...]) -> bool:
     )
 
 
-def _add_cause(error: BaseException, cause: BaseException) -> None:
-    """Make ``cause`` the end of the chain of causes of ``error``, unless that closes a circle."""
-    chain = _causes(error)
-    if chain.keys().isdisjoint(_causes(cause)):
-        list(chain.values())[-1].__cause__ = cause
+def _link(error: BaseException, before: BaseException, by: object) -> None:
+    """Let the traceback of ``error`` show ``before`` behind what made ``error`` happen."""
+    known = {id(link) for link in _shown(before)}
+    tail = None
+    for link in _shown(error):
+        if id(link) in known:
+            break
+        tail = link
+        if getattr(link, "_linked_by", None) == id(by):
+            break  # raised again: what it was linked to then makes way
+    if tail is not None:
+        # In a way that works for a class that forbids it, such as a frozen dataclass.
+        BaseException.__setattr__(tail, "__cause__", before)
+        BaseException.__setattr__(tail, "_linked_by", id(by))
 
 
-def _causes(error: BaseException | None) -> dict[int, BaseException]:
-    chain: dict[int, BaseException] = {}
-    while error is not None and id(error) not in chain:
-        chain[id(error)] = error
-        error = error.__cause__
-    return chain
+def _shown(error: BaseException | None) -> list[BaseException]:
+    """Return the exceptions that a traceback of ``error`` shows, the newest first."""
+    shown: list[BaseException] = []
+    while error is not None and error not in shown:
+        shown.append(error)
+        hidden = error.__suppress_context__  # which a cause sees to
+        error = error.__cause__ if hidden else error.__context__
+    return shown

@@ -8,6 +8,7 @@ event; the classes here are listeners, too.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import inspect
 import logging
@@ -88,15 +89,18 @@ def observe(name: str, policy: object, *listeners: Callable[[Event], object]) ->
         The observation. It ends with its ``detach()``, or at the end of a ``with`` block.
 
     Raises:
-        TypeError: If nothing here can be observed, or a listener cannot be called.
+        TypeError: If nothing here can be observed, or ``name`` or a listener is of the wrong type.
         ValueError: If ``name`` is empty, or there is no listener.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {name!r}")
     if not name:
         raise ValueError(f"name must not be empty, got {name!r}")
     if not listeners:
         raise ValueError("listeners must not be empty")
     for listener in listeners:
-        if not callable(listener) or inspect.iscoroutinefunction(listener):
+        call = getattr(listener, "__call__", None)  # noqa: B004 -- it may be async def
+        if call is None or any(map(inspect.iscoroutinefunction, (listener, call))):
             raise TypeError(f"a listener must be a plain function of one event, got {listener!r}")
     observation = Observation(name, listeners)
     observation._attach(policy)
@@ -255,14 +259,8 @@ class Measured:
         start = clock()
         try:
             result = await fn(*args, **kwargs)
-        except asyncio.CancelledError as error:
-            self._end("cancelled", clock() - start, error)
-            raise
-        except LocalRejection as error:
-            self._end("rejected", clock() - start, error)
-            raise
         except BaseException as error:
-            self._end("error", clock() - start, error)
+            self._end(_outcome(error), clock() - start, error)
             raise
         self._end("ok", clock() - start, None)
         return result
@@ -290,6 +288,15 @@ class Measured:
             notify(self.on_event, "observe.call_ended", **event)
 
 
+def _outcome(error: BaseException) -> str:
+    """Tell how a call ended; of several errors in a group the worst counts."""
+    if isinstance(error, BaseExceptionGroup):
+        return min(map(_outcome, error.exceptions), key=("error", "rejected", "cancelled").index)
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return "rejected" if isinstance(error, LocalRejection) else "error"
+
+
 # The last words of the kinds that mean trouble, and of those that happen all the time.
 _TROUBLE = {
     "crashed",
@@ -309,7 +316,7 @@ class LoggingListener:
 
     An outage rejects a thousand calls a second, and a line for each of them hides the one line
     that tells why. Here each kind of event of each name may write so many lines a second; the
-    others are counted, and one line tells their number when the second is over.
+    others are counted, and one line tells their number when the second is over, or the program.
 
     Trouble (rejected, gave up, opened ...) is a warning, what happens with every call (waited,
     ended) is for debugging, and the rest is information. The event stands in ``record.event``.
@@ -336,6 +343,7 @@ class LoggingListener:
         self._most = max_per_second
         self._lock = threading.Lock()
         self._seconds: dict[tuple[str, str], _Second] = {}
+        _logging.add(self)
 
     def __call__(self, event: Event) -> None:
         """Write a line, or count it."""
@@ -388,6 +396,16 @@ class LoggingListener:
         if last in _TROUBLE:
             return logging.WARNING
         return logging.DEBUG if last in _ROUTINE else logging.INFO
+
+
+# Those who may still have to tell something when the program ends.
+_logging: weakref.WeakSet[LoggingListener] = weakref.WeakSet()
+
+
+@atexit.register
+def _tell_the_rest() -> None:
+    for listener in _logging:
+        listener.flush()
 
 
 class _Second:
@@ -518,11 +536,7 @@ def _measurements(event: Event) -> Iterator[_Measurement]:
     elif what in {"rejected", "gave_up"}:
         reason = str(event.data.get("reason", what))
         yield _Measurement("refusals", 1, {**who, "reason": reason})
-    elif module == "circuit_breaker" and what in _CIRCUIT_STATES:
-        yield _Measurement("circuit_state", _CIRCUIT_STATES[what], {"name": event.name})
 
-
-_CIRCUIT_STATES = {"closed": 0, "half_opened": 1, "opened": 2}
 
 # What the fields of statistics are called that are a level, not a count: one that is there now.
 _LEVELS = {
@@ -535,36 +549,47 @@ _LEVELS = {
     "workers": "limit",
     "capacity": "limit",
 }
+_STATES = {"closed": 0, "half-open": 1, "open": 2}
 
 
 class _Watched:
     """The policies whose levels are read when somebody asks for the metrics."""
 
     def __init__(self) -> None:
-        self._policies: list[tuple[str, weakref.ref[Any]]] = []
+        self._policies: list[tuple[str, weakref.ref[Any]]] = []  # replaced, never changed
 
     def add(self, name: str, policy: object) -> None:
         with _changing:
-            self._policies.append((name, weakref.ref(policy)))
+            self._policies = [*self._alive(), (name, weakref.ref(policy))]
 
     def remove(self, name: str, policy: object) -> None:
         with _changing:
-            kept = []
-            for known, reference in self._policies:
-                if reference() is None or (known == name and reference() is policy):
-                    continue
-                kept.append((known, reference))
-            self._policies = kept
+            self._policies = [
+                (known, reference)
+                for known, reference in self._alive()
+                if known != name or reference() is not policy
+            ]
 
-    def levels(self, wanted: str) -> dict[tuple[str, str], float]:
-        """Return one level of all policies, by name and policy; those of one name are added."""
-        found: Counter[tuple[str, str]] = Counter()
+    def _alive(self) -> list[tuple[str, weakref.ref[Any]]]:
+        return [pair for pair in self._policies if pair[1]() is not None]
+
+    def levels(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """Return each level by the values of its labels.
+
+        Those of one name and policy are added; of several circuits the worst state is told.
+        """
+        found: dict[str, dict[tuple[str, ...], float]] = {key: {} for key in _GAUGES}
         for name, reference in self._policies:
             policy = reference()
             for field, value in _fields(policy):
-                if _LEVELS.get(field) == wanted:
-                    found[name, _module(policy)] += value
-        return dict(found)
+                if field in _LEVELS and isinstance(value, int | float):
+                    labels = name, _module(policy)
+                    levels = found[_LEVELS[field]]
+                    levels[labels] = levels.get(labels, 0) + value
+                elif field == "state" and (state := str(getattr(value, "value", value))) in _STATES:
+                    states = found["circuit_state"]
+                    states[name,] = max(states.get((name,), 0), _STATES[state])
+        return found
 
 
 def _fields(policy: Any) -> Iterable[tuple[str, Any]]:
@@ -580,21 +605,21 @@ def _module(policy: object) -> str:
     return type(policy).__module__.rpartition(".")[2]
 
 
-# The name, the unit and the meaning of each instrument, and its labels beside the name.
+# The unit and the meaning of each instrument, and its labels beside the name.
 _HISTOGRAMS = {
-    "wait": ("wait", "Time spent waiting in line", ("policy",)),
-    "run": ("run", "Time of the work itself", ("policy", "outcome")),
+    "wait": ("s", "Time spent waiting in line", ("policy",)),
+    "run": ("s", "Time of the work itself", ("policy", "outcome")),
 }
 _COUNTERS = {
     "events": ("{event}", "Events of any kind", ("kind",)),
     "refusals": ("{refusal}", "Calls refused or given up", ("policy", "reason")),
 }
-_GAUGES = {
-    "in_use": "Slots or workers in use",
-    "waiting": "Calls, tasks or items that wait",
-    "limit": "The most that can be in use, or wait in a channel",
+_GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "in_use": ("{slot}", "Slots or workers in use", ("policy",)),
+    "waiting": ("{call}", "Calls, tasks or items that wait", ("policy",)),
+    "limit": ("{slot}", "The most that can be in use, or wait in a channel", ("policy",)),
+    "circuit_state": ("1", "State of the circuit: 0 closed, 1 half-open, 2 open", ()),
 }
-_CIRCUIT_STATE = "State of the circuit: 0 closed, 1 half-open, 2 open"
 _BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _BAD_PREFIX = "prefix must be lower-case letters, digits and underscores, got {!r}"
 
@@ -609,9 +634,10 @@ class PrometheusListener:
     * ``<prefix>_wait_seconds``: a histogram of the waits in line, by ``policy``.
     * ``<prefix>_run_seconds``: a histogram of the work itself, by ``policy`` and ``outcome``.
     * ``<prefix>_refusals_total``: calls refused or given up, by ``policy`` and ``reason``.
-    * ``<prefix>_circuit_state``: 0 closed, 1 half-open, 2 open.
-    * ``<prefix>_in_use``, ``<prefix>_waiting``, ``<prefix>_limit``: by ``policy``, read from
-      ``statistics()`` at the moment of the scrape.
+    * ``<prefix>_in_use``, ``<prefix>_waiting``, ``<prefix>_limit``: by ``policy``.
+    * ``<prefix>_circuit_state``: 0 closed, 1 half-open, 2 open; of several circuits the worst.
+
+    The last four are read from ``statistics()`` at the moment of the scrape.
 
     Args:
         registry: A ``CollectorRegistry``; ``None`` for the default one of ``prometheus-client``.
@@ -655,9 +681,6 @@ class PrometheusListener:
                 registry=where,
                 buckets=tuple(buckets),
             )
-        self._instruments["circuit_state"] = prometheus_client.Gauge(
-            f"{prefix}_circuit_state", _CIRCUIT_STATE, ["name"], registry=where
-        )
         where.register(self)
 
     def __call__(self, event: Event) -> None:
@@ -666,16 +689,12 @@ class PrometheusListener:
             metric = self._instruments[name].labels(**labels)
             if name in _COUNTERS:
                 metric.inc(value)
-            elif name in _HISTOGRAMS:
-                metric.observe(value)
             else:
-                metric.set(value)
+                metric.observe(value)
 
     def watch(self, name: str, policy: object) -> None:
         """Read the levels of this policy at each scrape; called by :func:`observe`."""
         self._watched.add(name, policy)
-        if _module(policy) == "circuit_breaker":  # it is closed until an event says otherwise
-            self._instruments["circuit_state"].labels(name=name)
 
     def unwatch(self, name: str, policy: object) -> None:
         """Leave this policy out; called when an observation ends."""
@@ -683,10 +702,11 @@ class PrometheusListener:
 
     def collect(self) -> Iterator[Any]:
         """Yield the levels; called by the registry at each scrape."""
-        for key, text in _GAUGES.items():
-            family = self._gauge(f"{self._prefix}_{key}", text, labels=["name", "policy"])
-            for labels, value in sorted(self._watched.levels(key).items()):
-                family.add_metric(labels, value)
+        for key, levels in self._watched.levels().items():
+            _, text, labels = _GAUGES[key]
+            family = self._gauge(f"{self._prefix}_{key}", text, labels=["name", *labels])
+            for values, level in sorted(levels.items()):
+                family.add_metric(values, level)
             yield family
 
 
@@ -702,9 +722,11 @@ class OpenTelemetryListener:
     * ``concurrency_patterns.run.duration``: a histogram in seconds, by ``.policy`` and
       ``.outcome``.
     * ``concurrency_patterns.refusals``: a counter, by ``.policy`` and ``.reason``.
-    * ``concurrency_patterns.circuit.state``: 0 closed, 1 half-open, 2 open.
-    * ``concurrency_patterns.in_use``, ``.waiting``, ``.limit``: by ``.policy``, read from
-      ``statistics()`` when the metrics are collected.
+    * ``concurrency_patterns.in_use``, ``.waiting``, ``.limit``: by ``.policy``.
+    * ``concurrency_patterns.circuit.state``: 0 closed, 1 half-open, 2 open; of several circuits
+      the worst.
+
+    The last four are read from ``statistics()`` when the metrics are collected.
 
     The names follow OpenTelemetry's semantic conventions: lower case, dotted, and the unit, ``s``
     or an annotation in braces, not in the name.
@@ -725,40 +747,31 @@ class OpenTelemetryListener:
         self._observation = metrics.Observation
         self._current_span = trace.get_current_span
         self._watched = _Watched()
-        self._circuits: dict[str, float] = {}
         self._record: dict[str, Callable[..., None]] = {}
         for key, (unit, text, _) in _COUNTERS.items():
             counter = meter.create_counter(f"{_NAMESPACE}.{key}", unit=unit, description=text)
             self._record[key] = counter.add
-        for key, (_, text, _) in _HISTOGRAMS.items():
+        for key, (unit, text, _) in _HISTOGRAMS.items():
             histogram = meter.create_histogram(
                 f"{_NAMESPACE}.{key}.duration",
-                unit="s",
+                unit=unit,
                 description=text,
                 explicit_bucket_boundaries_advisory=_BUCKETS,
             )
             self._record[key] = histogram.record
-        for key, text in _GAUGES.items():
-            meter.create_observable_up_down_counter(
-                f"{_NAMESPACE}.{key}",
-                callbacks=[functools.partial(self._levels, key)],
-                unit=f"{{{_GAUGE_UNITS[key]}}}",
-                description=text,
+        for key, (unit, text, labels) in _GAUGES.items():
+            # What can be added up has a policy; a state cannot.
+            make = (
+                meter.create_observable_up_down_counter if labels else meter.create_observable_gauge
             )
-        meter.create_observable_gauge(
-            f"{_NAMESPACE}.circuit.state",
-            callbacks=[self._circuit_states],
-            unit="1",
-            description=_CIRCUIT_STATE,
-        )
+            read = functools.partial(self._levels, key)
+            name = key.replace("circuit_", "circuit.")
+            make(f"{_NAMESPACE}.{name}", callbacks=[read], unit=unit, description=text)
 
     def __call__(self, event: Event) -> None:
         """Add the event to the metrics and to the current span."""
         for name, value, labels in _measurements(event):
-            if name in self._record:
-                self._record[name](value, _attributes(labels))
-            else:
-                self._circuits[event.name] = value
+            self._record[name](value, _attributes(labels))
         span = self._current_span()
         if span.is_recording():
             simple = {key: value for key, value in event.data.items() if value is not None}
@@ -768,28 +781,20 @@ class OpenTelemetryListener:
     def watch(self, name: str, policy: object) -> None:
         """Read the levels of this policy when asked for; called by :func:`observe`."""
         self._watched.add(name, policy)
-        if _module(policy) == "circuit_breaker":
-            self._circuits.setdefault(name, 0)
 
     def unwatch(self, name: str, policy: object) -> None:
         """Leave this policy out; called when an observation ends."""
         self._watched.remove(name, policy)
 
     def _levels(self, key: str, _: object) -> list[Any]:
+        labels = ("name", *_GAUGES[key][2])
         return [
-            self._observation(value, _attributes({"name": name, "policy": policy}))
-            for (name, policy), value in self._watched.levels(key).items()
-        ]
-
-    def _circuit_states(self, _: object) -> list[Any]:
-        return [
-            self._observation(value, _attributes({"name": name}))
-            for name, value in list(self._circuits.items())
+            self._observation(level, _attributes(dict(zip(labels, values, strict=True))))
+            for values, level in self._watched.levels()[key].items()
         ]
 
 
 _NAMESPACE = "concurrency_patterns"
-_GAUGE_UNITS = {"in_use": "slot", "waiting": "call", "limit": "slot"}
 
 
 def _attributes(labels: Mapping[str, Any]) -> dict[str, Any]:
