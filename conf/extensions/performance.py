@@ -259,11 +259,14 @@ class Performance(SphinxDirective):
         found: dict[str, str] = {}
         for pattern in results["patterns"].values():
             found |= pattern["packages"]
-        rows = [
-            [nodes.literal("", name), nodes.Text(found[name] or self.say("not installed"))]
-            for name in sorted(found)
-        ]
-        return table([self.say("package"), self.say("version")], rows, "packages")
+        return versions(found, self.words)
+
+
+def versions(found: dict[str, str], words: dict[str, str]) -> nodes.table:
+    """Tell which versions these packages had, in the words of a language."""
+    missing = words.get("not installed", "not installed")
+    rows = [[nodes.literal("", name), nodes.Text(found[name] or missing)] for name in sorted(found)]
+    return table([words["package"], words["version"]], rows, "packages")
 
 
 def table(
