@@ -80,6 +80,7 @@ WORDS = {
         "date": "Date",
         "python": "Python",
         "ignored": "nothing",
+        "does not guard async def": "does not guard `async def`",
         "closes early or stays open": "yes",
         "the whole pool": "the whole pool, which is of no use afterwards",
         "all calls under way": "all that were under way or waiting",
@@ -127,8 +128,8 @@ class Reliability(SphinxDirective):
         made = table(headings, rows, "verdicts")
         for target, entry in zip(["", *ids], next(made.findall(nodes.thead))[0], strict=True):
             if target:
-                text = entry[0][0]
-                entry[0].replace(text, nodes.reference("", "", text, refid=target, internal=True))
+                link = nodes.reference("", "", entry[0][0], refid=target, internal=True)
+                entry[0].replace(entry[0][0], link)
         for name, row in zip(names, next(made.findall(nodes.tbody)).children, strict=True):
             if name == OURS and isinstance(row, nodes.row):
                 row["classes"].append("ours")
@@ -195,7 +196,8 @@ class Reliability(SphinxDirective):
 
 def library(name: str) -> nodes.Node:
     """Return the name of a library; ours is set apart."""
-    return nodes.strong("", name) if name == OURS else nodes.Text(name)
+    kind = nodes.strong if name == OURS else nodes.inline
+    return kind("", name, classes=["library"])
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

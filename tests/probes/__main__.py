@@ -2,6 +2,7 @@
 
 tox run -e probe                        all tables
 tox run -e probe -- token_bucket        only this one, kept beside the others' earlier results
+tox run -e probe -- --words             nobody: only write anew how questions and rules are worded
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ def run(name: str) -> dict[str, Any]:
     }
 
 
+def reworded(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the findings of a table with the questions as they are worded now."""
+    findings = {probe["key"]: probe["findings"] for probe in found["probes"]}
+    probes = [{**probe, "findings": findings[probe["key"]]} for probe in described(name)]
+    return {**found, "probes": probes}
+
+
 def one(name: str, key: str, candidate: str) -> None:
     """Ask one question, print the finding, and leave, whatever still runs."""
     warnings.simplefilter("ignore")  # of the peers
@@ -82,6 +90,7 @@ def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="table", help=", ".join(TABLES))
+    parser.add_argument("--words", action="store_true", help="keep the findings")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -91,7 +100,7 @@ def main() -> None:
         parser.error(f"no such table: {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in chosen:
-        results[name] = run(name)
+        results[name] = reworded(name, results[name]) if options.words else run(name)
         results = {table: results[table] for table in TABLES if table in results}
         text = json.dumps(results, ensure_ascii=False, indent=1)
         RESULTS.write_text(f"{text}\n", encoding="utf-8")

@@ -365,9 +365,9 @@ PROBES = [
     Probe(
         cancelled_call,
         zh="关闭时调用被取消：算什么？",
-        zh_rule="不算失败也不算成功：放弃的是调用方",
+        zh_rule="不算失败也不算成功，放弃的是调用方",
         en="Calls are cancelled while closed: what do they count as?",
-        en_rule="neither failure nor success: it was the caller who gave up",
+        en_rule="neither failure nor success; it was the caller who gave up",
     ),
     Probe(
         cancelled_probe,
@@ -379,23 +379,23 @@ PROBES = [
     Probe(
         late_success_open,
         zh="关闭时开始的调用，打开之后才成功：有什么影响？",
-        zh_rule="没有影响：它说的是从前的服务",
+        zh_rule="没有影响，它说的是从前的服务",
         en="A call that began while closed succeeds after the circuit has opened: what does it do?",
-        en_rule="nothing: it tells of the service as it was",
+        en_rule="nothing; it tells of the service as it was",
     ),
     Probe(
         late_failure_half_open,
         zh="关闭时开始的调用，半开时才失败：有什么影响？",
-        zh_rule="没有影响：它不是探测",
+        zh_rule="没有影响，它不是探测",
         en="A call that began while closed fails while half-open: what does it do?",
-        en_rule="nothing: it is no probe",
+        en_rule="nothing; it is no probe",
     ),
     Probe(
         late_success_half_open,
         zh="关闭时开始的调用，半开时才成功：有什么影响？",
-        zh_rule="没有影响：它不是探测",
+        zh_rule="没有影响，它不是探测",
         en="A call that began while closed succeeds while half-open: what does it do?",
-        en_rule="nothing: it is no probe",
+        en_rule="nothing; it is no probe",
     ),
     Probe(
         hung_probe,
@@ -414,9 +414,9 @@ PROBES = [
     Probe(
         clock,
         zh="墙上时钟被拨快或拨慢一小时：打开时间变了吗？",
-        zh_rule="没变：打开多久与墙上时钟无关",
+        zh_rule="没变，打开多久与墙上时钟无关",
         en="The wall clock is set an hour forward or back: does that change the open time?",
-        en_rule="no: how long it is open has nothing to do with the time of day",
+        en_rule="no; how long it is open has nothing to do with the time of day",
     ),
     Probe(
         own_exception,

@@ -401,10 +401,10 @@ PROBES = [
     Probe(
         rate_after_stall,
         zh="先占名额，再取令牌（每秒 10 个，容量 1），服务卡住 2 秒后：一秒之内最多开始几个调用？",
-        zh_rule="至多 11：容量加上一秒的速率",
+        zh_rule="至多 11，即容量加上一秒的速率",
         en="Slot first, then token (10 a second, capacity 1), after a stall of 2 s: how many calls "
         "start within one second?",
-        en_rule="at most 11: the capacity, and the rate of one second",
+        en_rule="at most 11, the capacity and the rate of one second",
     ),
     Probe(
         token_before_slot,
@@ -430,10 +430,10 @@ PROBES = [
     Probe(
         open_breaker,
         zh="重试（默认设置，重试任何 Exception）包着刚打开的熔断器（打开 2 秒）：多久被拒绝？",
-        zh_rule="至多 0.1 秒：等下去只占着调用方",
+        zh_rule="至多 0.1 秒，等下去只占着调用方",
         en="A retry (defaults of each, any Exception) around a breaker that has just opened for "
         "2 s: how long until the caller is refused?",
-        en_rule="at most 0.1 s: waiting only holds the caller",
+        en_rule="at most 0.1 s; waiting only holds the caller",
     ),
     Probe(
         own_exception,
@@ -445,10 +445,10 @@ PROBES = [
     Probe(
         full_bulkhead,
         zh="统计任何 Exception 的熔断器（默认）里面，名额满了，拒绝 5 个调用，服务没事：它会怎样？",
-        zh_rule="仍然关闭：这是自己的限制，不是服务的失败",
+        zh_rule="仍然关闭，这是自己的限制，不是服务的失败",
         en="Five calls are refused for want of a slot inside a breaker that counts any Exception, "
         "as by default; the service is well: what does the breaker do?",
-        en_rule="stays closed: it was our own limit, and no failure of the service",
+        en_rule="stays closed; it was our own limit, and no failure of the service",
     ),
     Probe(
         own_timeout,
@@ -461,8 +461,8 @@ PROBES = [
     Probe(
         token_per_attempt,
         zh="令牌桶在重试里面，3 次都失败：用掉几个令牌？",
-        zh_rule="每次尝试一个：每次都是对服务的一次调用",
+        zh_rule="每次尝试一个，每次都是对服务的一次调用",
         en="A bucket inside a retry, three attempts fail: how many tokens does that take?",
-        en_rule="one an attempt: each is a call of the service",
+        en_rule="one an attempt; each is a call of the service",
     ),
 ]

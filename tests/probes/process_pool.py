@@ -273,8 +273,8 @@ PROBES = [
     Probe(
         reads_ahead,
         zh="来源有 2,000 项，第一个结果出来时：读了几项？",
-        zh_rule="至多 100：来源可以没有尽头",
+        zh_rule="至多 100，来源可以没有尽头",
         en="A source of 2,000 items; when the first result comes, how many have been read?",
-        en_rule="at most 100: a source may be endless",
+        en_rule="at most 100; a source may be endless",
     ),
 ]
