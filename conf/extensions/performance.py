@@ -148,28 +148,43 @@ def bar(candidate: dict[str, Any], full: float) -> str:
     return f'<span class="{kind}" aria-hidden="true">{"".join(parts)}</span>'
 
 
-class Performance(SphinxDirective):
-    """One of the tables."""
+class Drawn(SphinxDirective):
+    """Something that is drawn from a file of results, in the words of the page's language."""
 
     required_arguments = 1
+    file: Path
+    vocabulary: dict[str, dict[str, str]]
 
     def run(self) -> list[nodes.Node]:
-        """Return the table, or a table for each case of a pattern."""
-        self.env.note_dependency(str(RESULTS))
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        """Read the file, and draw what the argument names."""
+        self.env.note_dependency(str(self.file))
         self.language = self.config.language[:2]
-        self.words = WORDS[self.language]
-        what = self.arguments[0]
+        self.words = self.vocabulary[self.language]
+        return self.draw(self.arguments[0], json.loads(self.file.read_text(encoding="utf-8")))
+
+    def draw(self, what: str, results: dict[str, Any]) -> list[nodes.Node]:
+        """Draw it."""
+        raise NotImplementedError
+
+    def say(self, text: str) -> str:
+        """Return a word in the language of the page; what was not translated as it is."""
+        return self.words.get(text, text)
+
+
+class Performance(Drawn):
+    """One of the tables."""
+
+    file = RESULTS
+    vocabulary = WORDS
+
+    def draw(self, what: str, results: dict[str, Any]) -> list[nodes.Node]:
+        """Return the table, or a table for each case of a pattern."""
         if what in results["patterns"]:
             return [self.case(case) for case in results["patterns"][what]["cases"]]
         makers = {"targets": self.targets, "machine": self.machine, "packages": self.packages}
         if what not in makers:
             raise self.error(f"nothing was measured under the name {what}")
         return [makers[what](results)]
-
-    def say(self, text: str) -> str:
-        """Return a word in the language of the page; what was not translated as it is."""
-        return self.words.get(text, text)
 
     def case(self, case: dict[str, Any]) -> nodes.table:
         """Draw one case: a row and a bar for each candidate, the smallest figure first."""

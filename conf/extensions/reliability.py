@@ -7,14 +7,13 @@ each probe with its rule and what was seen), or ``packages``, or ``when``. Nobod
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
-from performance import DASH, OURS, table, versions
+from performance import DASH, OURS, Drawn, table, versions
 from performance import WORDS as PERFORMANCE
-from sphinx.util.docutils import SphinxDirective
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -36,6 +35,7 @@ WORDS = {
         "period": "。",
         "date": "日期",
         "python": "Python",
+        "seconds": " 秒",
         # What was seen.
         "hangs": "挂住",
         "not offered": "没有这项功能",
@@ -60,8 +60,8 @@ WORDS = {
         "one token an attempt": "每次尝试一个",
         "not in this order": "没有这种次序",
         "stays closed": "仍然关闭",
-        "warns": "警告",
-        "says nothing": "不说",
+        "a warning": "警告",
+        "no warning": "不说",
         "yes": "还在做",
         "no": "不再做",
         "only that call": "只有那一个",
@@ -79,8 +79,10 @@ WORDS = {
         "period": ".",
         "date": "Date",
         "python": "Python",
+        "seconds": " s",
         "ignored": "nothing",
         "does not guard async def": "does not guard `async def`",
+        "no matter": "no",
         "closes early or stays open": "yes",
         "the whole pool": "the whole pool, which is of no use afterwards",
         "all calls under way": "all that were under way or waiting",
@@ -88,18 +90,14 @@ WORDS = {
 }
 
 
-class Reliability(SphinxDirective):
+class Reliability(Drawn):
     """One of the tables."""
 
-    required_arguments = 1
+    file = RESULTS
+    vocabulary = WORDS
 
-    def run(self) -> list[nodes.Node]:
+    def draw(self, what: str, results: dict[str, Any]) -> list[nodes.Node]:
         """Return the overview and the probes of a table, or the facts about all of them."""
-        self.env.note_dependency(str(RESULTS))
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
-        self.language = self.config.language[:2]
-        self.words = WORDS[self.language]
-        what = self.arguments[0]
         if what in results:
             probes = results[what]["probes"]
             ids = [f"reliability-{what}-{probe['key']}".replace("_", "-") for probe in probes]
@@ -112,10 +110,6 @@ class Reliability(SphinxDirective):
         if what == "when":
             return [self.when(results)]
         raise self.error(f"nothing was asked under the name {what}")
-
-    def say(self, text: str) -> str:
-        """Return a word in the language of the page; a figure or a name as it is."""
-        return self.words.get(text, text)
 
     def overview(self, probes: list[dict[str, Any]], ids: list[str]) -> nodes.table:
         """Draw a row for each library, with a mark for each probe."""
@@ -172,7 +166,7 @@ class Reliability(SphinxDirective):
 
     def seen(self, observed: str) -> list[nodes.Node]:
         """Write what was seen; the name of an exception, and what is in backquotes, as code."""
-        text = self.say(observed)
+        text = re.sub(r"(?<=\d) s\b", self.say("seconds"), self.say(observed))
         if text == observed and observed.isidentifier() and not observed.islower():
             text = f"`{observed}`"
         parts = text.split("`")

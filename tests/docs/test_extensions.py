@@ -159,7 +159,7 @@ def test_the_findings_are_put_together(language: str) -> None:
     }
     lines = [re.sub("<.*?>", "", item.astext()) for item in directive.findings(findings).children]
     assert lines == (
-        ["✓ 1.3 s：concurrency-patterns、d", "✗ MaxAttempts：b", "– 从不等待：c"]
+        ["✓ 1.3 秒：concurrency-patterns、d", "✗ MaxAttempts：b", "– 从不等待：c"]
         if language == "zh"
         else ["✓ 1.3 s: concurrency-patterns, d", "✗ MaxAttempts: b", "– never waits: c"]
     )

@@ -37,7 +37,7 @@ from probes.harness import (
 LONG = 60.0
 OPEN_FOR = 2.0
 FAILURES = 3
-SILENT, WARNS = "says nothing", "warns"
+SILENT, WARNS = "no warning", "a warning"
 
 Fn = Callable[[], Awaitable[Any]]
 
@@ -409,23 +409,23 @@ PROBES = [
     Probe(
         token_before_slot,
         zh="令牌桶放在并发限制外面，卡住之后会超速：组合时会说吗？",
-        zh_rule="警告",
-        en="The bucket outside of the slots, which breaks the rate after a stall: is it told?",
-        en_rule="it warns",
+        zh_rule="会，给出警告",
+        en="The bucket outside of the slots, so that a stall breaks the rate: is there a warning?",
+        en_rule="yes",
     ),
     Probe(
         fallback_in_retry,
         zh="降级放在重试里面，重试就不起作用了：组合时会说吗？",
-        zh_rule="警告",
-        en="A fallback inside a retry, which then never retries: is it told?",
-        en_rule="it warns",
+        zh_rule="会，给出警告",
+        en="A fallback inside a retry, which then never retries: is there a warning?",
+        en_rule="yes",
     ),
     Probe(
         retry_in_retry,
         zh="重试里面又有重试，次数相乘：组合时会说吗？",
-        zh_rule="警告",
-        en="A retry inside a retry, whose attempts multiply: is it told?",
-        en_rule="it warns",
+        zh_rule="会，给出警告",
+        en="A retry inside a retry, whose attempts multiply: is there a warning?",
+        en_rule="yes",
     ),
     Probe(
         open_breaker,

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from concurrency_patterns.testing import run_virtual
-from probes.__main__ import RESULTS, TABLES, described, table
+from probes.__main__ import RESULTS, TABLES, described, reworded, table
 from probes.harness import (
     HANGS,
     HOUR,
@@ -77,6 +77,14 @@ def test_every_peer_was_installed():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
 
     assert all(all(found["packages"].values()) for found in results.values())
+
+
+def test_other_words_keep_the_findings():
+    """Questions and rules can be worded anew without asking anybody."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["compose"]
+    old = [{**probe, "en": "as it was"} for probe in found["probes"]]
+
+    assert reworded("compose", {**found, "probes": old}) == found
 
 
 def asking(ask: object) -> Probe:
