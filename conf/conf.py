@@ -37,6 +37,7 @@ extensions = [
     "defaults",
     "measured",
     "performance",
+    "reliability",
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 myst_ref_domains = ["std"]  # [text](#label) never means a function of that name

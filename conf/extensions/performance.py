@@ -148,28 +148,43 @@ def bar(candidate: dict[str, Any], full: float) -> str:
     return f'<span class="{kind}" aria-hidden="true">{"".join(parts)}</span>'
 
 
-class Performance(SphinxDirective):
-    """One of the tables."""
+class Drawn(SphinxDirective):
+    """Something that is drawn from a file of results, in the words of the page's language."""
 
     required_arguments = 1
+    file: Path
+    vocabulary: dict[str, dict[str, str]]
 
     def run(self) -> list[nodes.Node]:
-        """Return the table, or a table for each case of a pattern."""
-        self.env.note_dependency(str(RESULTS))
-        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        """Read the file, and draw what the argument names."""
+        self.env.note_dependency(str(self.file))
         self.language = self.config.language[:2]
-        self.words = WORDS[self.language]
-        what = self.arguments[0]
+        self.words = self.vocabulary[self.language]
+        return self.draw(self.arguments[0], json.loads(self.file.read_text(encoding="utf-8")))
+
+    def draw(self, what: str, results: dict[str, Any]) -> list[nodes.Node]:
+        """Draw it."""
+        raise NotImplementedError
+
+    def say(self, text: str) -> str:
+        """Return a word in the language of the page; what was not translated as it is."""
+        return self.words.get(text, text)
+
+
+class Performance(Drawn):
+    """One of the tables."""
+
+    file = RESULTS
+    vocabulary = WORDS
+
+    def draw(self, what: str, results: dict[str, Any]) -> list[nodes.Node]:
+        """Return the table, or a table for each case of a pattern."""
         if what in results["patterns"]:
             return [self.case(case) for case in results["patterns"][what]["cases"]]
         makers = {"targets": self.targets, "machine": self.machine, "packages": self.packages}
         if what not in makers:
             raise self.error(f"nothing was measured under the name {what}")
         return [makers[what](results)]
-
-    def say(self, text: str) -> str:
-        """Return a word in the language of the page; what was not translated as it is."""
-        return self.words.get(text, text)
 
     def case(self, case: dict[str, Any]) -> nodes.table:
         """Draw one case: a row and a bar for each candidate, the smallest figure first."""
@@ -259,11 +274,14 @@ class Performance(SphinxDirective):
         found: dict[str, str] = {}
         for pattern in results["patterns"].values():
             found |= pattern["packages"]
-        rows = [
-            [nodes.literal("", name), nodes.Text(found[name] or self.say("not installed"))]
-            for name in sorted(found)
-        ]
-        return table([self.say("package"), self.say("version")], rows, "packages")
+        return versions(found, self.words)
+
+
+def versions(found: dict[str, str], words: dict[str, str]) -> nodes.table:
+    """Tell which versions these packages had, in the words of a language."""
+    missing = words.get("not installed", "not installed")
+    rows = [[nodes.literal("", name), nodes.Text(found[name] or missing)] for name in sorted(found)]
+    return table([words["package"], words["version"]], rows, "packages")
 
 
 def table(

@@ -29,6 +29,9 @@ OWN_NAME = re.compile(r"简体中文|中文")  # a language is called by its own
 # Beside Chinese punctuation CommonMark does not see bold or italics: the reader sees asterisks.
 RAW_ASTERISK = re.compile(r"\*\*|\*(?=\S)|(?<=\S)\*")
 
+# Directives whose argument is no title: it says what they draw, in both languages the same.
+DRAWN = {"{picture}", "{defaults}", "{performance}", "{reliability}"}
+
 # What is no prose in a page of the reference: directives, their options, underlines of headings.
 REFERENCE = re.compile(r"^(?:\.\. .*|[ ]+:(?!description:).*|[=~^-](?=[=~^-]+$))", re.MULTILINE)
 
@@ -164,7 +167,7 @@ def fences(zh: Source, en: Source) -> Iterator[str]:
 def comparable(info: str) -> str:
     """Return a fence's name and what stands behind it; of a title, nothing."""
     name, _, argument = info.partition(" ")
-    return info if name in {"{picture}", "{defaults}", "{performance}"} or not argument else name
+    return info if name in DRAWN or not argument else name
 
 
 def programs(zh: Source, en: Source) -> Iterator[str]:

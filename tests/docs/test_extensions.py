@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ import languages  # noqa: E402
 import measured  # noqa: E402
 import picture  # noqa: E402
 import prose  # noqa: E402
+import reliability  # noqa: E402
 from docutils import nodes  # noqa: E402 -- the extensions are found through the path above
 
 PICTURES = sorted(path.stem for path in (ROOT / "conf" / "pictures").glob("[a-z]*.py"))
@@ -137,3 +139,40 @@ def test_every_module_is_in_the_reference(language: str) -> None:
     assert {path.stem for path in reference.glob("*.rst")} == modules
     listed = (reference / "index.md").read_text(encoding="utf-8").splitlines()
     assert modules <= set(listed)
+
+
+def asked(right: bool | None, observed: str) -> dict[str, object]:
+    """Make the finding of a probe."""
+    return {"right": right, "observed": observed}
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_findings_are_put_together(language: str) -> None:
+    """Those of whom the same was seen stand in one line, and what the rule asks for comes first."""
+    directive = object.__new__(reliability.Reliability)
+    directive.language, directive.words = language, reliability.WORDS[language]
+    findings = {
+        "b": asked(False, "MaxAttempts"),
+        "c": asked(None, "never waits"),
+        reliability.OURS: asked(True, "1.3 s"),
+        "d": asked(True, "1.3 s"),
+    }
+    lines = [re.sub("<.*?>", "", item.astext()) for item in directive.findings(findings).children]
+    assert lines == (
+        ["✓ 1.3 秒：concurrency-patterns、d", "✗ MaxAttempts：b", "– 从不等待：c"]
+        if language == "zh"
+        else ["✓ 1.3 s: concurrency-patterns, d", "✗ MaxAttempts: b", "– never waits: c"]
+    )
+
+
+def test_every_finding_has_a_translation() -> None:
+    """Whatever was seen is a figure, the name of an exception, or has its words in Chinese."""
+    results = json.loads(reliability.RESULTS.read_text(encoding="utf-8"))
+    seen = {
+        finding["observed"]
+        for found in results.values()
+        for probe in found["probes"]
+        for finding in probe["findings"].values()
+    }
+    told = {text for text in seen if not re.fullmatch(r"[\d.,→ s]+|[A-Z]\w+", text)}
+    assert told <= set(reliability.WORDS["zh"])
