@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from concurrency_patterns.circuit_breaker import CircuitBreaker, CircuitState
+from concurrency_patterns.compose import compose
 from concurrency_patterns.errors import DeadlineExceeded
+from concurrency_patterns.fallback import Hedge
 from concurrency_patterns.testing import explore_cancellation, run_virtual
 from concurrency_patterns.timeout import (
     CancelOutcome,
@@ -157,6 +160,19 @@ async def test_impatient_caller_is_no_timeout_of_the_service(work: Callable[...,
     assert caught.value.seconds == 0.1
     assert timeout.statistics().timed_out == 0
     assert told == []
+
+
+async def test_impatient_callers_do_not_open_the_breaker_of_a_healthy_service() -> None:
+    """Though each call runs in a child task, the breaker ignores what the caller's deadline ends."""
+    breaker = CircuitBreaker()
+    service = compose(Hedge(delay=0.05), breaker, Timeout(2))
+    for _ in range(5):
+        with pytest.raises(DeadlineExceeded):
+            async with deadline(0.1):
+                await service.call(asyncio.sleep, 0.2)
+    assert breaker.state is CircuitState.CLOSED
+    assert breaker.statistics().failed == 0
+    assert await service.call(asyncio.sleep, 0.2, "answer") == "answer"
 
 
 async def test_child_cleans_up_undisturbed_when_the_deadline_of_its_parent_is_over() -> None:
