@@ -845,9 +845,7 @@ class RetryBudget:
             calls = sum(piece[1] for piece in self._slices)
             retries = sum(piece[2] for piece in self._slices)
             allowed = self.min_per_second * self.window + self.ratio * calls
-            if (
-                retries + 1 > allowed + 1e-9
-            ):  # 0.1 * 30 is a little more than 3, 0.7 * 10 less than 7
+            if retries + 1 > allowed + 1e-9:  # as 0.7 * 10 is a little less than 7
                 self._refused += 1
                 return False
             current[2] += 1
@@ -860,10 +858,13 @@ class RetryBudget:
             return RetryBudgetStatistics(self._calls, self._retries, self._refused)
 
     def _current_slice(self, now: float) -> list[int]:
-        number = int(now * self._slices_in_window / self.window)
+        number = int(now * self._slices_in_window // self.window)
         slices = self._slices
-        if slices and slices[-1][0] > number:
-            slices.clear()  # the time went back: another event loop with a clock of its own
+        newest = slices[-1][0] if slices else number
+        if number <= newest - self._slices_in_window:
+            slices.clear()  # the time went far back: another event loop with a clock of its own
+        else:  # a little: another thread read the clock after this one, and came first
+            number = max(number, newest)
         while slices and slices[0][0] <= number - self._slices_in_window:
             slices.popleft()
         if not slices or slices[-1][0] != number:
