@@ -13,6 +13,7 @@ import weakref
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -294,6 +295,142 @@ async def test_cancellation_in_disguise_is_not_retried() -> None:
     report = retry_report(caught.value)
     assert report is not None
     assert report.reason is GaveUp.CANCELLED
+
+
+class Raiser:
+    """Fails in a task group again and again; how the failure leaves the group is the subclass's."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def child_fails(self) -> None:
+        """Fail while the group waits for its children."""
+        self.calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fails())
+            group.create_task(asyncio.sleep(100))
+
+    async def child_fails_in_the_body(self) -> None:
+        """Fail while the body of the group still runs."""
+        self.calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fails())
+            await asyncio.sleep(100)
+
+    async def body_fails(self) -> None:
+        """Fail in the body itself."""
+        self.calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(100))
+            await fails()
+
+    async def nested(self) -> None:
+        """Fail in a group inside the body of another one."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(100))
+            await self.child_fails()
+
+    async def unpacked(self) -> None:
+        """Let the first leaf out alone."""
+        try:
+            await self.child_fails()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def translated(self) -> None:
+        """Make an error of the own domain out of the group."""
+        try:
+            await self.child_fails()
+        except* ConnectionError as group:
+            raise ConnectionError("no answer") from group
+
+
+async def fails() -> None:
+    """Fail at once."""
+    raise ConnectionError("down")
+
+
+RAISERS = [name for name in vars(Raiser) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", RAISERS)
+@pytest.mark.parametrize("form", ["call", "decorated", "block"])
+async def test_failed_task_group_is_retried(form: str, name: str) -> None:
+    """A group that cancels its own task because a child failed is no cancellation of the call."""
+    raiser = Raiser()
+    work = getattr(raiser, name)
+    retry = Retry(on=ConnectionError, attempts=3, backoff=Fixed(0.1))
+    forms = {
+        "call": lambda: retry.call(work),
+        "decorated": retry(work),
+        "block": lambda: in_block(retry, work),
+    }
+    async with deadline(10):
+        with pytest.raises((ExceptionGroup, ConnectionError)) as caught:
+            await forms[form]()
+        report = retry_report(caught.value)
+        assert report is not None
+        assert (raiser.calls, report.reason) == (3, GaveUp.ATTEMPTS)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("name", RAISERS)
+@pytest.mark.parametrize("at", ["while it runs", "while it fails", "while it cleans up"])
+async def test_cancelled_task_group_is_not_retried(at: str, name: str) -> None:
+    """If the call is cancelled, too, it ends, whatever its task groups make of that."""
+    raiser = Raiser()
+    retry = Retry(on=ConnectionError, attempts=3, backoff=Fixed(0.1))
+
+    async def slow() -> None:
+        try:
+            await asyncio.sleep(1 if at != "while it runs" else 100)
+        finally:
+            if at == "while it fails":
+                task.cancel()
+            await asyncio.sleep(0.5)
+            raise ConnectionError("down")
+
+    with mock.patch(f"{__name__}.fails", slow):
+        task = asyncio.create_task(retry.call(getattr(raiser, name)))
+        if at != "while it fails":
+            await asyncio.sleep(1.2)
+            task.cancel()
+        await asyncio.wait([task])
+    assert raiser.calls == 1
+
+
+async def test_cancellation_of_long_ago_is_none_of_the_calls() -> None:
+    """A task that ignored a cancellation before the call, or is in its clean-up, may retry."""
+    calls: list[str] = []
+
+    async def flaky(name: str) -> None:
+        calls.append(name)
+        raise ConnectionError("down")
+
+    async def worker(retry: Callable[..., Any]) -> None:
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            with pytest.raises(ConnectionError):
+                await retry("in the clean-up")
+        with pytest.raises(ConnectionError):
+            await retry("after it")
+
+    policy = Retry(on=ConnectionError, attempts=2, backoff=Fixed(0.1))
+    forms: list[Callable[..., Any]] = [
+        lambda name: policy.call(flaky, name),
+        policy(flaky),
+        lambda name: in_block(policy, lambda: flaky(name)),
+    ]
+    for form in forms:
+        calls.clear()
+        task = asyncio.create_task(worker(form))
+        await asyncio.sleep(1)
+        task.cancel()
+        await task
+        assert calls == ["in the clean-up"] * 2 + ["after it"] * 2
 
 
 async def test_exception_group_is_matched_by_all_its_leaves() -> None:

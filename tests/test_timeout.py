@@ -163,7 +163,7 @@ async def test_impatient_caller_is_no_timeout_of_the_service(work: Callable[...,
 
 
 async def test_impatient_callers_do_not_open_the_breaker_of_a_healthy_service() -> None:
-    """Though each call runs in a child task, the breaker ignores what the caller's deadline ends."""
+    """A breaker ignores what the deadline of the caller ends, in a child task, too."""
     breaker = CircuitBreaker()
     service = compose(Hedge(delay=0.05), breaker, Timeout(2))
     for _ in range(5):

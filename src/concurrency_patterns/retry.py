@@ -15,8 +15,10 @@ import inspect
 import itertools
 import math
 import random
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from dataclasses import KW_ONLY, dataclass, field, replace
 from types import CoroutineType
@@ -202,8 +204,13 @@ class Retry:
     as a block: ``async for attempt in retry:`` with ``async with attempt:`` inside.
 
     Only an :exc:`Exception` is ever retried, so never :exc:`~asyncio.CancelledError`,
-    :exc:`KeyboardInterrupt`, :exc:`SystemExit` or :exc:`GeneratorExit`, whatever ``on`` says. An
-    exception group counts as a failure to retry when all its leaves do. A
+    :exc:`KeyboardInterrupt`, :exc:`SystemExit` or :exc:`GeneratorExit`, whatever ``on`` says. If
+    the task was cancelled during an attempt and the function made another error of that, it is not
+    retried either. (Before Python 3.13 a failed :class:`~asyncio.TaskGroup` looks like that. It is
+    told apart by its exception group, or an error raised from it; a function that has dealt with
+    the group and then fails in another way is not retried there.)
+
+    An exception group counts as a failure to retry when all its leaves do. A
     :class:`~concurrency_patterns.errors.LocalRejection` (an open circuit breaker, an empty token
     bucket) is retried only if ``on`` names it and it knows when to come back (``retry_after``), at
     a time within ``max_elapsed`` or the :func:`~concurrency_patterns.timeout.deadline` around the
@@ -289,7 +296,7 @@ class Retry:
             Exception: The last exception of ``fn``.
             DeadlineExceeded: If the last attempt was cut short.
         """
-        run = self._begin(asyncio.get_running_loop().time())
+        run = self._begin(asyncio.get_running_loop().time(), asyncio.current_task())
         try:
             return await self._go_on(run, None, fn, args, kwargs)
         finally:
@@ -319,10 +326,13 @@ class Retry:
         @functools.wraps(fn)
         async def plain_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
             self._calls += 1
+            task = asyncio.current_task()
+            cancelling = 0 if task is None else task.cancelling()
             try:  # most succeed at once: nothing is made for them, and no clock is read
                 return await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
             except Exception as error:
-                run = _Run(self, asyncio.get_running_loop().time(), began_late=True)
+                now = asyncio.get_running_loop().time()
+                run = _Run(self, now, task, cancelling, began_late=True)
                 wait = run.after_error(error, run.start)
                 if wait is None:
                     raise
@@ -364,11 +374,11 @@ class Retry:
 
         return plain_wrapper if self._plain else wrapper
 
-    def _begin(self, now: float) -> _Run:
+    def _begin(self, now: float, task: asyncio.Task[Any] | None = None) -> _Run:
         self._calls += 1
         if self.budget is not None:
             self.budget.deposit(now)
-        return _Run(self, now)
+        return _Run(self, now, task, 0 if task is None else task.cancelling())
 
     async def _go_on(
         self, run: _Run, wait: float | None, fn: Callable[..., Awaitable[T]], args: Any, kwargs: Any
@@ -511,6 +521,7 @@ class _Run:
         "_attempts",
         "_began",
         "_began_late",
+        "_cancelling",
         "_delays",
         "_fresh",
         "_limited",
@@ -521,8 +532,19 @@ class _Run:
         "start",
     )
 
-    def __init__(self, policy: Retry, now: float, *, began_late: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Retry,
+        now: float,
+        task: asyncio.Task[Any]
+        | None = None,  # none for a plain def, which no cancellation reaches
+        cancelling: int = 0,  # at the beginning; these cancellations are none of the call's
+        *,
+        began_late: bool = False,
+    ) -> None:
         self._policy = policy
+        self._task = task
+        self._cancelling = cancelling
         self.start = self._began = now
         self._began_late = began_late  # only at the first failure
         self._number = 1
@@ -535,7 +557,6 @@ class _Run:
         self._fresh = False
         self._delays = iter(self._policy.backoff)
         self._limited = self._policy.max_elapsed is not None or remaining() is not None
-        self._task = _current_task()
 
     def is_timed(self) -> bool:
         """Tell whether the attempts need a :meth:`scope`."""
@@ -563,7 +584,7 @@ class _Run:
             policy._matches_never is not None and policy._matches_never(error)
         ):
             reason: GaveUp | None = GaveUp.ERROR
-        elif self._task is not None and self._task.cancelling():
+        elif self._task is not None and _is_cancelled(self._task, self._cancelling, error):
             reason = GaveUp.CANCELLED  # even if the function made another exception of it
         else:
             reason = self._limit_reached(error, now)
@@ -696,7 +717,8 @@ class _Attempts:
     async def __anext__(self) -> Attempt:
         clock = asyncio.get_running_loop().time
         if self._attempt is None:
-            self._attempt = Attempt(self._policy._begin(clock()), 1)
+            run = self._policy._begin(clock(), asyncio.current_task())
+            self._attempt = Attempt(run, 1)
             return self._attempt
         last = self._attempt
         if last._run is not None:
@@ -915,8 +937,34 @@ def _refuse_coroutine(fn: object, result: CoroutineType[Any, Any, Any]) -> NoRet
     raise TypeError(f"{fn!r} is no async def but returned a coroutine; use call() for it")
 
 
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop in this thread
-        return None
+def _is_cancelled(task: asyncio.Task[Any], before: int, error: Exception) -> bool:
+    if sys.version_info < (3, 13) and task.cancelling() > before:
+        _take_back(task, error)
+    return task.cancelling() > before
+
+
+if sys.version_info < (3, 13):
+
+    def _take_back(task: asyncio.Task[Any], error: BaseException) -> None:
+        """Take back the cancellations that failed task groups have left behind, as 3.13 does.
+
+        A task group whose child fails while it waits for all of them cancels its own task, to
+        wake it up. It is found in the traceback of what it has raised: waiting, that is, in
+        ``__aexit__`` and not brought there by a cancellation.
+        """
+        todo, seen = [error], set()
+        while todo:
+            error = todo.pop()
+            if id(error) in seen or isinstance(error, asyncio.CancelledError):
+                continue  # what came before a cancellation does not explain it
+            seen.add(id(error))
+            todo += getattr(error, "exceptions", ())
+            todo += filter(None, (error.__cause__, error.__context__))
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if frame.f_code is not asyncio.TaskGroup.__aexit__.__code__:
+                    continue
+                group, kind = frame.f_locals["self"], frame.f_locals["et"]
+                woken = group._parent_cancel_requested and kind is not asyncio.CancelledError
+                if woken and group._parent_task is task:
+                    group._parent_cancel_requested = False
+                    task.uncancel()
