@@ -708,7 +708,68 @@ async def test_retry_after_is_honoured_up_to_the_cap() -> None:
     assert service.times == [0.0, 3.0, 3.5, 13.5]
 
 
-@pytest.mark.parametrize("hint", [None, "Wed, 21 Oct 2026 07:28:00 GMT", math.nan, math.inf, -1])
+@pytest.mark.parametrize("hint", [math.inf, 10**400])
+async def test_endless_retry_after_is_capped(hint: float) -> None:
+    """However much time an error asks for, the wait is the cap, as with a circuit breaker."""
+    service = Service(BusyError(hint), "answer")
+    await Retry(on=BusyError, backoff=Fixed(0.5), max_retry_after=10).call(service)
+    assert service.times == [0.0, 10.0]
+
+
+async def test_retry_after_that_raises_does_not_hide_the_error() -> None:
+    """An error whose retry_after cannot be read is retried like one that has none."""
+
+    class BrokenError(Exception):
+        @property
+        def retry_after(self) -> float:
+            raise RuntimeError("no such header")
+
+    service = Service(BrokenError())
+    with pytest.raises(BrokenError):
+        await Retry(on=BrokenError, backoff=Fixed(0.5)).call(service)
+    assert service.times == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "wait", "taken"),
+    [
+        ([BusyError(3), OSError(), BusyError(1)], 3, 1),
+        ([BusyError(3600), BusyError(1)], 10, 1),
+        ([CircuitOpen(retry_after=30), CircuitOpen(retry_after=20)], 30, 0),
+        ([CircuitOpen(retry_after=30), OSError()], 30, 1),  # the other one reached the service
+        ([CircuitOpen(retry_after=30), RateLimitExceeded()], None, 0),
+        ([CircuitOpen(retry_after=99), OSError()], None, 0),
+    ],
+)
+async def test_group_is_asked_for_its_longest_wait(
+    leaves: list[Exception], wait: float | None, taken: int
+) -> None:
+    """A group waits for all its leaves, and costs no budget if none of them left this place."""
+    budget = RetryBudget()
+    retry = Retry(on=Exception, backoff=Fixed(1), max_elapsed=60, max_retry_after=10, budget=budget)
+    service = Service(ExceptionGroup("", [ExceptionGroup("", leaves[:1]), *leaves[1:]]), "answer")
+    if wait is None:
+        with pytest.raises(ExceptionGroup) as caught:
+            await retry.call(service)
+        report = retry_report(caught.value)
+        assert report is not None
+        assert report.reason is GaveUp.REJECTED
+    else:
+        assert await retry.call(service) == "answer"
+        assert service.times == [0, wait]
+    assert budget.statistics().retries == taken
+
+
+async def test_group_through_an_open_breaker_is_not_waited_out_without_a_limit() -> None:
+    """As long as nobody says how long we may wait, a rejected leaf ends the call at once."""
+    for leaves in ([CircuitOpen(retry_after=1)], [OSError(), CircuitOpen(retry_after=1)]):
+        service = Service(ExceptionGroup("", leaves))
+        with pytest.raises(ExceptionGroup):
+            await Retry(on=Exception, backoff=Fixed(1)).call(service)
+        assert service.times == [0]
+
+
+@pytest.mark.parametrize("hint", [None, "Wed, 21 Oct 2026 07:28:00 GMT", math.nan, -1])
 async def test_senseless_retry_after_is_ignored(hint: Any) -> None:
     """A retry_after that is no number of seconds changes nothing."""
     service = Service(BusyError(hint), "answer")

@@ -210,11 +210,12 @@ class Retry:
     told apart by its exception group, or an error raised from it; a function that has dealt with
     the group and then fails in another way is not retried there.)
 
-    An exception group counts as a failure to retry when all its leaves do. A
-    :class:`~concurrency_patterns.errors.LocalRejection` (an open circuit breaker, an empty token
-    bucket) is retried only if ``on`` names it and it knows when to come back (``retry_after``), at
-    a time within ``max_elapsed`` or the :func:`~concurrency_patterns.timeout.deadline` around the
-    call; with neither of them it is raised at once.
+    An exception group counts as a failure to retry when all its leaves do, and waits as long as
+    the leaf that asks for most. A :class:`~concurrency_patterns.errors.LocalRejection` (an open
+    circuit breaker, an empty token bucket), alone or in a group, is retried only if ``on`` names it
+    and it knows when to come back (``retry_after``), at a time within ``max_elapsed`` or the
+    :func:`~concurrency_patterns.timeout.deadline` around the call; with neither of them it is
+    raised at once. It costs nothing of the budget, unless another part of its group was sent.
 
     When it gives up, it raises the last exception as it is, with a note that tells the attempts,
     the time and the reason; :func:`retry_report` gives the history.
@@ -657,13 +658,16 @@ class _Run:
         if self._number >= policy.attempts:
             return GaveUp.ATTEMPTS
         self._wait = next(self._delays, self._wait)
-        rejected = issubclass(type(outcome), LocalRejection)  # isinstance() is slow to say no
-        if rejected or hasattr(outcome, "retry_after"):
-            self._wait = self._wait_asked_for(outcome, self._wait)
+        rejected, sent = False, True
+        if _may_ask(outcome):
+            leaves = list(_leaves(outcome))
+            refusals = [isinstance(leaf, LocalRejection) for leaf in leaves]
+            rejected, sent = any(refusals), not all(refusals)
+            self._wait = max(self._wait, *(self._wait_asked_for(leaf) for leaf in leaves))
         if self._wait >= left or (rejected and left == math.inf):
             return GaveUp.REJECTED if rejected else limit
-        # A call that was refused here never reached the service: it costs no budget.
-        if policy.budget is not None and not rejected and not policy.budget.withdraw(now):
+        # What was refused here never reached the service: it costs no budget.
+        if policy.budget is not None and sent and not policy.budget.withdraw(now):
             policy._out_of_budget += 1
             return GaveUp.BUDGET
         return None
@@ -679,13 +683,15 @@ class _Run:
             return deadline_left, GaveUp.DEADLINE
         return elapsed_left, GaveUp.ELAPSED
 
-    def _wait_asked_for(self, outcome: object, delay: float) -> float:
-        hint = getattr(outcome, "retry_after", None)
-        if not isinstance(hint, int | float) or not math.isfinite(hint) or hint < 0:
+    def _wait_asked_for(self, outcome: object) -> float:
+        hint = None
+        with contextlib.suppress(Exception):  # a hint that cannot be read is none
+            hint = getattr(outcome, "retry_after", None)
+        if not isinstance(hint, int | float) or not hint >= 0:  # NaN, too
             hint = None
         if isinstance(outcome, LocalRejection):  # no use in coming back before the time it gives
-            return math.inf if hint is None else max(delay, hint)
-        return delay if hint is None else max(delay, min(hint, self._policy.max_retry_after))
+            return math.inf if hint is None else hint
+        return 0.0 if hint is None else min(hint, self._policy.max_retry_after)
 
     def _attach_report(self, error: Exception, reason: GaveUp, now: float) -> None:
         elapsed = now - self.start
@@ -914,6 +920,22 @@ def _predicate(name: str, condition: Condition) -> Callable[[Exception], bool]:
         return not isinstance(condition, tuple | type) and bool(condition(error))
 
     return matches
+
+
+def _may_ask(outcome: object) -> bool:
+    """Tell, at little cost, whether an outcome may have a ``retry_after`` somewhere."""
+    try:
+        return hasattr(outcome, "retry_after") or hasattr(outcome, "exceptions")
+    except Exception:  # noqa: BLE001 -- it will be looked at with care
+        return True
+
+
+def _leaves(outcome: object) -> Iterator[object]:
+    if isinstance(outcome, ExceptionGroup):
+        for part in outcome.exceptions:
+            yield from _leaves(part)
+    else:
+        yield outcome
 
 
 def _check_backoff(backoff: Iterable[float]) -> None:
