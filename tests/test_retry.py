@@ -20,6 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from concurrency_patterns.compose import compose
 from concurrency_patterns.errors import CircuitOpen, DeadlineExceeded, RateLimitExceeded
 from concurrency_patterns.retry import (
     DecorrelatedJitter,
@@ -38,7 +39,7 @@ from concurrency_patterns.testing import explore_cancellation, run_virtual
 from concurrency_patterns.timeout import deadline, remaining
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def now() -> float:
@@ -193,7 +194,7 @@ def test_plain_function_starts_no_attempt_too_late() -> None:
 
 
 async def test_what_cannot_be_retried_is_refused() -> None:
-    """Generators, and coroutines hidden in a plain function, are refused aloud."""
+    """Generators, and awaitables out of a plain function, are refused aloud."""
     retry = Retry(on=OSError)
     with pytest.raises(TypeError, match="generator"):
 
@@ -210,8 +211,11 @@ async def test_what_cannot_be_retried_is_refused() -> None:
     with pytest.raises(TypeError, match="attempt_timeout"):
         Retry(on=OSError, attempt_timeout=1)(print)
     for policy in (retry, Retry(on=OSError, max_elapsed=1)):
-        with pytest.raises(TypeError, match="returned a coroutine"):
+        with pytest.raises(TypeError, match="returned an awaitable"):
             policy(lambda: asyncio.sleep(0))()
+        future = asyncio.get_running_loop().create_future()
+        with pytest.raises(TypeError, match="returned an awaitable"):
+            policy(lambda future=future: future)()
 
 
 # --- what is retried
@@ -867,12 +871,25 @@ def test_jitter_can_be_repeated_exactly(kind: Any) -> None:
 
 async def test_concurrent_calls_share_no_state() -> None:
     """T28: Each call has its own attempts and its own waits, though they use one policy."""
-    retry = Retry(on=OSError, attempts=4, backoff=DecorrelatedJitter(base=1, factor=1, cap=99))
+    retry = Retry(on=OSError, attempts=4, backoff=Exponential(base=1, factor=3, cap=99))
     services = [Service(*[OSError()] * 3, n) for n in range(20)]
-    answers = await asyncio.gather(*(retry.call(service) for service in services))
+    calls: list[Any] = [
+        asyncio.create_task(in_block(retry, service) if number % 2 else retry.call(service))
+        for number, service in enumerate(services)
+    ]
+    answers = await asyncio.gather(*calls)
     assert answers == list(range(20))
-    assert all(service.times == [0, 1, 2, 3] for service in services)
+    assert all(service.times == [0, 1, 4, 13] for service in services)
     assert retry.statistics() == RetryStatistics(20, 60, 20, 0, 0)
+
+
+async def test_concurrent_calls_decorrelate_their_own_waits() -> None:
+    """T28: The last wait of one call has no part in the next wait of another one."""
+    with mock.patch.object(random, "uniform", lambda _, high: high):
+        retry = Retry(on=OSError, attempts=4, backoff=DecorrelatedJitter(base=1, cap=99))
+        services = [Service(*[OSError()] * 3, n) for n in range(20)]
+        await asyncio.gather(*(retry.call(service) for service in services))
+    assert all(service.times == [0, 3, 12, 39] for service in services)
 
 
 async def test_a_list_of_waits_is_a_backoff() -> None:
@@ -1066,12 +1083,87 @@ def test_budget_is_safe_from_threads() -> None:
         ({"backoff": iter([1])}, "backoff must be iterable anew"),
         ({"backoff": []}, "backoff must hold at least one wait"),
         ({"backoff": [1, -1]}, "backoff must be 0 or more, got -1"),
+        ({"budget": 5}, "budget must be a RetryBudget, got 5"),
+        ({"budget": RetryBudget}, "budget must be a RetryBudget, got <class"),
+        ({"on_result": 5}, "on_result must be a function, got 5"),
     ],
 )
 def test_bad_arguments_are_refused_when_made(arguments: dict[str, Any], message: str) -> None:
     """What makes no sense is refused where it is written, with its name and value."""
     with pytest.raises((ValueError, TypeError), match=message):
         Retry(**{"on": OSError, **arguments})
+
+
+class Waits:
+    """A backoff of somebody else."""
+
+    def __init__(self, *waits: Any) -> None:
+        self.waits = waits
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.waits)
+
+
+@pytest.mark.parametrize(
+    ("waits", "message"),
+    [
+        ([1, math.nan], "backoff must be finite, got nan"),
+        ([1, math.inf], "backoff must be finite, got inf"),
+        ([1, -1], "backoff must be 0 or more, got -1"),
+        ([1, "2"], "backoff must be a number, got '2'"),
+        ([], "backoff must hold at least one wait"),
+    ],
+)
+async def test_bad_wait_is_refused_when_it_is_drawn(waits: list[Any], message: str) -> None:
+    """A backoff of unknown kind that gives nonsense is told, together with the error at hand."""
+    service = Service(OSError("down"))
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        await Retry(on=OSError, attempts=9, backoff=Waits(*waits), max_elapsed=5).call(service)
+    assert repr(caught.value.__context__) == "OSError('down')"
+    assert service.times == [0.0, 1.0][: len(waits) or 1]
+
+
+async def test_waits_of_any_number_type_serve() -> None:
+    """Whole numbers are waits, too."""
+    service = Service(OSError(), OSError(), "answer")
+    await Retry(on=OSError, backoff=Waits(1, 2)).call(service)
+    assert service.times == [0, 1, 3]
+
+
+def test_repr_tells_what_is_not_default() -> None:
+    """The repr is the expression that made it, without what is as always."""
+    assert repr(Retry(on=OSError)) == "Retry(on=OSError)"
+
+    def flaky(error: Exception) -> bool:
+        return bool(error)
+
+    flaky.__qualname__ = "flaky"
+    retry = Retry(
+        on=(OSError, ValueError),
+        attempts=5,
+        backoff=Fixed(1),
+        never=flaky,
+        max_elapsed=60,
+        budget=RetryBudget(ratio=0.1),
+    )
+    assert repr(retry) == (
+        "Retry(on=(OSError, ValueError), attempts=5, backoff=Fixed(delay=1), never=flaky, "
+        "max_elapsed=60, budget=RetryBudget(ratio=0.1, min_per_second=1.0, window=10.0))"
+    )
+    assert compose(retry).describe() == [repr(retry)]
+
+
+async def test_jitter_is_on_by_default() -> None:
+    """Without any word about the backoff, clients that failed together do not come back so."""
+
+    async def second_attempt() -> float:
+        service = Service(OSError(), "answer")
+        await Retry(on=OSError).call(service)
+        return service.times[1]
+
+    waits = await asyncio.gather(*(second_attempt() for _ in range(50)))
+    assert len(set(waits)) > 40
+    assert 0 <= min(waits) < max(waits) <= 0.1
 
 
 def test_on_has_no_default() -> None:
@@ -1088,6 +1180,8 @@ def test_on_has_no_default() -> None:
         (lambda: FullJitter(factor=0.5), "factor must be at least 1, got 0.5"),
         (lambda: EqualJitter(cap=math.nan), "cap must be finite, got nan"),
         (lambda: DecorrelatedJitter(base=math.inf), "base must be finite, got inf"),
+        (lambda: FullJitter(rng=7), "rng must be a random.Random, got 7"),  # type: ignore[arg-type]
+        (lambda: EqualJitter(rng=random), "rng must be a random.Random, got <module"),  # type: ignore[arg-type]
         (lambda: RetryBudget(ratio=-0.1), "ratio must be 0 or more, got -0.1"),
         (lambda: RetryBudget(window=0), "window must be above 0, got 0"),
         (lambda: RetryBudget(min_per_second=math.nan), "min_per_second must be finite"),
@@ -1096,7 +1190,7 @@ def test_on_has_no_default() -> None:
 )
 def test_bad_backoff_and_budget_are_refused(make: Callable[[], object], message: str) -> None:
     """Backoffs and budgets refuse numbers out of their range."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 

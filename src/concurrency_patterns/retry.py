@@ -21,8 +21,7 @@ import time
 import traceback
 from collections import deque
 from dataclasses import KW_ONLY, dataclass, field, replace
-from types import CoroutineType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .errors import (
     DeadlineExceeded,
@@ -78,7 +77,7 @@ class Fixed:
         check_seconds("delay", self.delay)
 
     def __iter__(self) -> Iterator[float]:
-        return itertools.repeat(self.delay)
+        return itertools.repeat(float(self.delay))
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,11 @@ class FullJitter(Exponential):
 
     _: KW_ONLY
     rng: random.Random | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rng is not None and not isinstance(self.rng, random.Random):
+            raise TypeError(f"rng must be a random.Random, got {self.rng!r}")
 
     def __iter__(self) -> Iterator[float]:
         return map(functools.partial(_uniform(self.rng), 0.0), super().__iter__())
@@ -225,7 +229,8 @@ class Retry:
             exception. There is no default, as to retry everything is to retry bugs.
         attempts: How many calls there are at most, the first one included.
         backoff: The waits in seconds; anything that can be iterated anew for each call. When it
-            ends, its last wait is used again.
+            ends, its last wait is used again. A wait that makes no sense (negative, not finite)
+            ends the call with a :exc:`ValueError` that has the last exception as its context.
         never: What not to retry although ``on`` matches it; given as ``on`` is.
         on_result: Tells whether a result is as bad as a failure. After the last attempt it is
             returned nevertheless.
@@ -246,7 +251,7 @@ class Retry:
 
     Raises:
         ValueError: If a number is out of its range.
-        TypeError: If ``on`` or ``never`` is no exception class and no function.
+        TypeError: If an argument is of a wrong kind.
     """
 
     def __init__(
@@ -269,6 +274,10 @@ class Retry:
             check_positive("attempt_timeout", attempt_timeout)
         check_seconds("max_retry_after", max_retry_after)
         _check_backoff(backoff)
+        if on_result is not None and not callable(on_result):
+            raise TypeError(f"on_result must be a function, got {on_result!r}")
+        if budget is not None and not isinstance(budget, RetryBudget):
+            raise TypeError(f"budget must be a RetryBudget, got {budget!r}")
         self.on = on
         self.attempts = attempts
         self.backoff = backoff
@@ -289,6 +298,14 @@ class Retry:
         self._recovered = 0
         self._gave_up = 0
         self._out_of_budget = 0
+
+    def __repr__(self) -> str:
+        changed = (
+            f"{option.name}={_named(value)}"
+            for option in inspect.signature(Retry).parameters.values()
+            if (value := getattr(self, option.name)) != option.default
+        )
+        return f"Retry({', '.join(changed)})"
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn`` until it succeeds or there is a reason to give up.
@@ -365,8 +382,7 @@ class Retry:
                 if wait is None:
                     raise
             else:
-                if type(result) is CoroutineType:
-                    _refuse_coroutine(fn, result)  # type: ignore[arg-type]  # mypy sees a T
+                _refuse_awaitable(fn, result)
                 return result
             try:
                 return self._go_on_sync(run, wait, fn, args, kwargs)
@@ -424,8 +440,7 @@ class Retry:
                     if wait is None:
                         raise
                 else:
-                    if isinstance(result, CoroutineType):
-                        _refuse_coroutine(fn, result)
+                    _refuse_awaitable(fn, result)
                     wait = run.after_result(result, time.monotonic())
                     if wait is None:
                         return result
@@ -510,6 +525,7 @@ def retry_report(error: BaseException) -> RetryReport | None:
 
 
 _NO_LIMIT = (math.inf, GaveUp.ELAPSED)
+_NONE_YET: Any = object()  # the wait before the first one is drawn
 
 
 class _Run:
@@ -550,7 +566,7 @@ class _Run:
         self._began_late = began_late  # only at the first failure
         self._number = 1
         self._attempts: list[tuple[Exception | None, float, float]] = []  # error, began, ended
-        self._wait = 0.0
+        self._wait: float = _NONE_YET
         self._fresh = True
 
     def _prepare(self) -> None:
@@ -658,6 +674,8 @@ class _Run:
         if self._number >= policy.attempts:
             return GaveUp.ATTEMPTS
         self._wait = next(self._delays, self._wait)
+        if type(self._wait) is not float or not 0.0 <= self._wait < math.inf:
+            _check_wait(self._wait)
         rejected, sent = False, True
         if _may_ask(outcome):
             leaves = list(_leaves(outcome))
@@ -849,6 +867,12 @@ class RetryBudget:
         self._retries = 0
         self._refused = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"RetryBudget(ratio={self.ratio!r}, min_per_second={self.min_per_second!r}, "
+            f"window={self.window!r})"
+        )
+
     def deposit(self, now: float) -> None:
         """Count a call; it pays for a part of a retry.
 
@@ -900,6 +924,13 @@ class RetryBudget:
         return slices[-1]
 
 
+def _named(value: object) -> str:
+    """Name a class or a function, in a tuple, too, and show anything else as it is."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_named, value))})"
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
 def _predicate(name: str, condition: Condition) -> Callable[[Exception], bool]:
     """Turn classes or a function into a function that also looks into exception groups."""
     every = all if name == "on" else any  # one leaf that must not be retried is enough
@@ -948,15 +979,22 @@ def _check_backoff(backoff: Iterable[float]) -> None:
     if first is backoff:
         raise TypeError(f"backoff must be iterable anew for each call, got {backoff!r}")
     if isinstance(backoff, list | tuple):
-        if not backoff:
-            raise ValueError("backoff must hold at least one wait, got none")
-        for delay in backoff:
-            check_seconds("backoff", delay)
+        for delay in backoff or [_NONE_YET]:
+            _check_wait(delay)
 
 
-def _refuse_coroutine(fn: object, result: CoroutineType[Any, Any, Any]) -> NoReturn:
-    result.close()
-    raise TypeError(f"{fn!r} is no async def but returned a coroutine; use call() for it")
+def _check_wait(delay: float) -> None:
+    if delay is _NONE_YET:
+        raise ValueError("backoff must hold at least one wait, got none")
+    check_seconds("backoff", delay)
+
+
+def _refuse_awaitable(fn: object, result: object) -> None:
+    """Refuse what would fail later, when nobody retries it."""
+    if hasattr(result, "__await__"):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise TypeError(f"{fn!r} is no async def but returned an awaitable; use call() for it")
 
 
 def _is_cancelled(task: asyncio.Task[Any], before: int, error: Exception) -> bool:
