@@ -382,7 +382,8 @@ class Retry:
                 if wait is None:
                     raise
             else:
-                _refuse_awaitable(fn, result)
+                if result is not None:
+                    _refuse_awaitable(fn, result)
                 return result
             try:
                 return self._go_on_sync(run, wait, fn, args, kwargs)
@@ -401,7 +402,7 @@ class Retry:
         self, run: _Run, wait: float | None, fn: Callable[..., Awaitable[T]], args: Any, kwargs: Any
     ) -> T:
         clock = asyncio.get_running_loop().time
-        attempt = functools.partial(fn, *args, **kwargs)
+        attempt = functools.partial(fn, *args, **kwargs) if args or kwargs else fn
         scope = None
         try:
             while True:
@@ -524,7 +525,6 @@ def retry_report(error: BaseException) -> RetryReport | None:
     return RetryReport(reason, tuple(attempts), elapsed)
 
 
-_NO_LIMIT = (math.inf, GaveUp.ELAPSED)
 _NONE_YET: Any = object()  # the wait before the first one is drawn
 
 
@@ -601,7 +601,11 @@ class _Run:
             policy._matches_never is not None and policy._matches_never(error)
         ):
             reason: GaveUp | None = GaveUp.ERROR
-        elif self._task is not None and _is_cancelled(self._task, self._cancelling, error):
+        elif (
+            (task := self._task) is not None
+            and task.cancelling() > self._cancelling
+            and _cancellations(task, error) > self._cancelling
+        ):
             reason = GaveUp.CANCELLED  # even if the function made another exception of it
         else:
             reason = self._limit_reached(error, now)
@@ -668,26 +672,31 @@ class _Run:
     def _limit_reached(self, outcome: object, now: float) -> GaveUp | None:
         """Say why there is no next attempt, or set the wait for it."""
         policy = self._policy
-        left, limit = self._time_left(now) if self._limited else _NO_LIMIT
-        if left <= 0:
-            return limit
+        left, limit = math.inf, GaveUp.ELAPSED
+        if self._limited:
+            left, limit = self._time_left(now)
+            if left <= 0:
+                return limit
         if self._number >= policy.attempts:
             return GaveUp.ATTEMPTS
-        self._wait = next(self._delays, self._wait)
-        if type(self._wait) is not float or not 0.0 <= self._wait < math.inf:
-            _check_wait(self._wait)
-        rejected, sent = False, True
-        if _may_ask(outcome):
+        wait = next(self._delays, self._wait)
+        if type(wait) is not float or not 0.0 <= wait < math.inf:
+            _check_wait(wait)
+        sent = True
+        if _asks(outcome):
             leaves = list(_leaves(outcome))
             refusals = [isinstance(leaf, LocalRejection) for leaf in leaves]
-            rejected, sent = any(refusals), not all(refusals)
-            self._wait = max(self._wait, *(self._wait_asked_for(leaf) for leaf in leaves))
-        if self._wait >= left or (rejected and left == math.inf):
-            return GaveUp.REJECTED if rejected else limit
+            sent = not all(refusals)
+            wait = max(wait, *(self._wait_asked_for(leaf) for leaf in leaves))
+            if any(refusals) and (wait >= left or left == math.inf):
+                return GaveUp.REJECTED
+        if wait >= left:
+            return limit
         # What was refused here never reached the service: it costs no budget.
         if policy.budget is not None and sent and not policy.budget.withdraw(now):
             policy._out_of_budget += 1
             return GaveUp.BUDGET
+        self._wait = wait
         return None
 
     def _time_left(self, now: float) -> tuple[float, GaveUp]:
@@ -953,11 +962,11 @@ def _predicate(name: str, condition: Condition) -> Callable[[Exception], bool]:
     return matches
 
 
-def _may_ask(outcome: object) -> bool:
-    """Tell, at little cost, whether an outcome may have a ``retry_after`` somewhere."""
+def _asks(outcome: object) -> bool:
+    """Tell, at little cost, whether an outcome may hold a ``retry_after``."""
     try:
-        return hasattr(outcome, "retry_after") or hasattr(outcome, "exceptions")
-    except Exception:  # noqa: BLE001 -- it will be looked at with care
+        return hasattr(outcome, "retry_after") or issubclass(type(outcome), ExceptionGroup)
+    except Exception:  # noqa: BLE001 -- whoever reads it takes more care
         return True
 
 
@@ -997,34 +1006,28 @@ def _refuse_awaitable(fn: object, result: object) -> None:
         raise TypeError(f"{fn!r} is no async def but returned an awaitable; use call() for it")
 
 
-def _is_cancelled(task: asyncio.Task[Any], before: int, error: Exception) -> bool:
-    if sys.version_info < (3, 13) and task.cancelling() > before:
-        _take_back(task, error)
-    return task.cancelling() > before
+def _cancellations(task: asyncio.Task[Any], error: BaseException) -> int:
+    """Return how often others have cancelled ``task``.
 
-
-if sys.version_info < (3, 13):
-
-    def _take_back(task: asyncio.Task[Any], error: BaseException) -> None:
-        """Take back the cancellations that failed task groups have left behind, as 3.13 does.
-
-        A task group whose child fails while it waits for all of them cancels its own task, to
-        wake it up. It is found in the traceback of what it has raised: waiting, that is, in
-        ``__aexit__`` and not brought there by a cancellation.
-        """
-        todo, seen = [error], set()
-        while todo:
-            error = todo.pop()
-            if id(error) in seen or isinstance(error, asyncio.CancelledError):
-                continue  # what came before a cancellation does not explain it
-            seen.add(id(error))
-            todo += getattr(error, "exceptions", ())
-            todo += filter(None, (error.__cause__, error.__context__))
-            for frame, _ in traceback.walk_tb(error.__traceback__):
-                if frame.f_code is not asyncio.TaskGroup.__aexit__.__code__:
-                    continue
-                group, kind = frame.f_locals["self"], frame.f_locals["et"]
-                woken = group._parent_cancel_requested and kind is not asyncio.CancelledError
-                if woken and group._parent_task is task:
-                    group._parent_cancel_requested = False
-                    task.uncancel()
+    A task group whose child fails while it waits for all of them cancels its own task, to wake it
+    up. Before Python 3.13 it leaves that to be found later; it is taken back here. Such a group is
+    in the traceback of what it has raised: it stands in ``__aexit__``, and was not brought there
+    by a cancellation.
+    """
+    todo, seen = [error], set()
+    while todo and sys.version_info < (3, 13):
+        error = todo.pop()
+        if id(error) in seen or isinstance(error, asyncio.CancelledError):
+            continue  # what came before a cancellation does not explain it
+        seen.add(id(error))
+        todo += getattr(error, "exceptions", ())
+        todo += filter(None, (error.__cause__, error.__context__))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is not asyncio.TaskGroup.__aexit__.__code__:
+                continue
+            group, kind = frame.f_locals["self"], frame.f_locals["et"]
+            woken = group._parent_cancel_requested and kind is not asyncio.CancelledError
+            if woken and group._parent_task is task:
+                group._parent_cancel_requested = False
+                task.uncancel()
+    return task.cancelling()
