@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections import deque
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -34,7 +35,7 @@ from .errors import (
 from .timeout import FailScope, remaining
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
     from types import TracebackType
     from typing import TypeAlias
 
@@ -314,9 +315,27 @@ class Retry:
             Exception: The last exception of ``fn``.
             DeadlineExceeded: If the last attempt was cut short.
         """
-        run = self._begin(asyncio.get_running_loop().time(), asyncio.current_task())
+        clock = asyncio.get_running_loop().time
+        run = self._begin(clock(), asyncio.current_task())
+        scope = None
         try:
-            return await self._go_on(run, None, fn, args, kwargs)
+            while True:
+                try:
+                    if self._timed:
+                        async with (scope := run.scope(clock())):
+                            result = await fn(*args, **kwargs)
+                    else:
+                        result = await fn(*args, **kwargs)
+                except Exception as error:
+                    wait = run.after_error(error, clock(), scope)
+                    if wait is None:
+                        raise
+                else:
+                    wait = run.after_result(result, clock())
+                    if wait is None:
+                        return result
+                await (asyncio.sleep(wait) if wait else _one_turn())
+                run.begin_attempt(clock())
         finally:
             del run  # this frame stays in the tracebacks that the run holds: no cycle
 
@@ -346,16 +365,25 @@ class Retry:
             self._calls += 1
             task = asyncio.current_task()
             cancelling = 0 if task is None else task.cancelling()
-            try:  # most succeed at once: nothing is made for them, and no clock is read
-                return await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
-            except Exception as error:
-                now = asyncio.get_running_loop().time()
-                run = _Run(self, now, task, cancelling, began_late=True)
-                wait = run.after_error(error, run.start)
-                if wait is None:
-                    raise
+            run = None
             try:
-                return await self._go_on(run, wait, fn, args, kwargs)
+                while True:
+                    try:  # most succeed at once: nothing is made for them, and no clock is read
+                        result = await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
+                    except Exception as error:
+                        if run is None:
+                            clock = asyncio.get_running_loop().time
+                            run = _Run(self, clock(), task, cancelling, began_late=True)
+                        wait = run.after_error(error, clock())
+                        if wait is None:
+                            raise
+                    else:
+                        if run is not None:
+                            run.after_result(result, clock())
+                        return result
+                    await (asyncio.sleep(wait) if wait else _one_turn())
+                    run.began = clock()
+                    self._retries += 1
             finally:
                 del run
 
@@ -364,89 +392,42 @@ class Retry:
     def _wrap_sync(self, fn: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(fn)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-            run = self._begin(time.monotonic())
-            try:
-                return self._go_on_sync(run, None, fn, args, kwargs)
-            finally:
-                del run
-
-        @functools.wraps(fn)
-        def plain_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-            self._calls += 1
             start = time.monotonic()
-            try:
-                result = fn(*args, **kwargs) if kwargs else fn(*args)  # type: ignore[call-arg]
-            except Exception as error:
-                run = _Run(self, start)
-                wait = run.after_error(error, time.monotonic())
-                if wait is None:
-                    raise
+            run = None
+            if self._plain:
+                self._calls += 1
             else:
-                if result is not None:
-                    _refuse_awaitable(fn, result)
-                return result
+                run = self._begin(start)
             try:
-                return self._go_on_sync(run, wait, fn, args, kwargs)
+                while True:
+                    try:
+                        result = fn(*args, **kwargs) if kwargs else fn(*args)  # type: ignore[call-arg]
+                    except Exception as error:
+                        if run is None:
+                            run = _Run(self, start)
+                        wait = run.after_error(error, time.monotonic())
+                        if wait is None:
+                            raise
+                    else:
+                        if result is not None:
+                            _refuse_awaitable(fn, result)
+                        if run is None:
+                            return result
+                        wait = run.after_result(result, time.monotonic())
+                        if wait is None:
+                            return result
+                    time.sleep(wait)
+                    run.begin_attempt(time.monotonic())
             finally:
                 del run
 
-        return plain_wrapper if self._plain else wrapper
+        return wrapper
 
     def _begin(self, now: float, task: asyncio.Task[Any] | None = None) -> _Run:
         self._calls += 1
         if self.budget is not None:
             self.budget.deposit(now)
         return _Run(self, now, task, 0 if task is None else task.cancelling())
-
-    async def _go_on(
-        self, run: _Run, wait: float | None, fn: Callable[..., Awaitable[T]], args: Any, kwargs: Any
-    ) -> T:
-        clock = asyncio.get_running_loop().time
-        attempt = functools.partial(fn, *args, **kwargs) if args or kwargs else fn
-        scope = None
-        try:
-            while True:
-                if wait is not None:
-                    await asyncio.sleep(wait)
-                    run.begin_attempt(clock())
-                try:
-                    if self._timed:
-                        async with (scope := run.scope(clock())):
-                            result = await attempt()
-                    else:
-                        result = await attempt()
-                except Exception as error:
-                    wait = run.after_error(error, clock(), scope)
-                    if wait is None:
-                        raise
-                else:
-                    wait = run.after_result(result, clock())
-                    if wait is None:
-                        return result
-        finally:
-            del run
-
-    def _go_on_sync(
-        self, run: _Run, wait: float | None, fn: Callable[..., T], args: Any, kwargs: Any
-    ) -> T:
-        try:
-            while True:
-                if wait is not None:
-                    time.sleep(wait)
-                    run.begin_attempt(time.monotonic())
-                try:
-                    result = fn(*args, **kwargs)
-                except Exception as error:
-                    wait = run.after_error(error, time.monotonic())
-                    if wait is None:
-                        raise
-                else:
-                    _refuse_awaitable(fn, result)
-                    wait = run.after_result(result, time.monotonic())
-                    if wait is None:
-                        return result
-        finally:
-            del run
 
     def __aiter__(self) -> _Attempts:
         if self.on_result is not None:
@@ -536,16 +517,14 @@ class _Run:
 
     __slots__ = (
         "_attempts",
-        "_began",
         "_began_late",
         "_cancelling",
         "_delays",
-        "_fresh",
         "_limited",
-        "_number",
         "_policy",
         "_task",
         "_wait",
+        "began",
         "start",
     )
 
@@ -562,18 +541,15 @@ class _Run:
         self._policy = policy
         self._task = task
         self._cancelling = cancelling
-        self.start = self._began = now
+        self.start = self.began = now
         self._began_late = began_late  # only at the first failure
-        self._number = 1
         self._attempts: list[tuple[Exception | None, float, float]] = []  # error, began, ended
         self._wait: float = _NONE_YET
-        self._fresh = True
+        self._delays: Iterator[float] | None = None
 
-    def _prepare(self) -> None:
-        """Get what only a call that fails needs."""
-        self._fresh = False
-        self._delays = iter(self._policy.backoff)
-        self._limited = self._policy.max_elapsed is not None or remaining() is not None
+    @property
+    def _number(self) -> int:
+        return len(self._attempts) + 1
 
     def is_timed(self) -> bool:
         """Tell whether the attempts need a :meth:`scope`."""
@@ -593,110 +569,92 @@ class _Run:
         self, error: Exception, now: float, scope: FailScope | None = None
     ) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if there is none."""
-        policy = self._policy
-        if self._fresh:
-            self._prepare()
+        policy, task = self._policy, self._task
         cut_off = scope is not None and scope.expired
         if not (isinstance(error, policy._classes) or cut_off or policy._matches_on(error)) or (
             policy._matches_never is not None and policy._matches_never(error)
         ):
-            reason: GaveUp | None = GaveUp.ERROR
-        elif (
-            (task := self._task) is not None
+            if self._attempts:  # a bug at once is none of our business
+                self._give_up(GaveUp.ERROR, error, now)
+            return None
+        if (
+            task is not None
             and task.cancelling() > self._cancelling
             and _cancellations(task, error) > self._cancelling
-        ):
-            reason = GaveUp.CANCELLED  # even if the function made another exception of it
-        else:
-            reason = self._limit_reached(error, now)
-        if reason is None:
-            self._attempts.append((error, self._began, now))
-            if policy.on_event is not None:
-                self._tell_failed(error)
-            return self._wait
-        if self._number > 1 or reason is not GaveUp.ERROR:  # a bug at once is none of our business
-            policy._gave_up += 1
-            self._attach_report(error, reason, now)
-            self._tell_gave_up(reason, error)
-        return None
+        ):  # even if the function made another exception of it
+            return self._give_up(GaveUp.CANCELLED, error, now)
+        return self._next_wait(error, error, now)
 
     def after_result(self, result: object, now: float) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if the result is final."""
         policy = self._policy
-        if policy.on_result is None or not policy.on_result(result):
-            if self._number > 1:
-                policy._recovered += 1
-                notify(policy.on_event, "retry.recovered", attempts=self._number)
-            return None
-        if self._fresh:
-            self._prepare()
-        reason = self._limit_reached(result, now)
-        if reason is not None:
-            policy._gave_up += 1
-            self._tell_gave_up(reason, None)
-            return None
-        self._attempts.append((None, self._began, now))
-        self._tell_failed(None)
-        return self._wait
-
-    def _tell_failed(self, error: Exception | None) -> None:
-        if self._policy.on_event is not None:
-            event = {"number": self._number, "error": error, "delay": self._wait}
-            notify(self._policy.on_event, "retry.attempt_failed", **event)
-
-    def _tell_gave_up(self, reason: GaveUp, error: Exception | None) -> None:
-        if self._policy.on_event is not None:
-            event = {"attempts": self._number, "reason": reason.value, "error": error}
-            notify(self._policy.on_event, "retry.gave_up", **event)
+        if policy.on_result is not None and policy.on_result(result):
+            return self._next_wait(result, None, now)
+        if self._attempts:
+            policy._recovered += 1
+            notify(policy.on_event, "retry.recovered", attempts=self._number)
+        return None
 
     def begin_attempt(self, now: float) -> None:
         """Count the next attempt; if the timer woke us too late for it, raise the last error."""
         policy = self._policy
         if policy.max_elapsed is not None and now >= self.start + policy.max_elapsed:
-            self._give_up_asleep(now)
-        self._number += 1
-        self._began = now
+            last = self._attempts.pop()[0]
+            error = last or DeadlineExceeded("max_elapsed is over and the result is still bad")
+            self._give_up(GaveUp.ELAPSED, error, now)
+            try:
+                raise error
+            finally:
+                del error, last  # no cycle through this frame
+        self.began = now
         policy._retries += 1
 
-    def _give_up_asleep(self, now: float) -> None:
-        last = self._attempts.pop()[0]
-        self._policy._gave_up += 1
-        error = last or DeadlineExceeded("max_elapsed is over and the result is still bad")
-        self._attach_report(error, GaveUp.ELAPSED, now)
-        self._tell_gave_up(GaveUp.ELAPSED, error)
-        try:
-            raise error
-        finally:
-            del error, last  # no cycle through this frame
-
-    def _limit_reached(self, outcome: object, now: float) -> GaveUp | None:
-        """Say why there is no next attempt, or set the wait for it."""
+    def _next_wait(self, outcome: object, error: Exception | None, now: float) -> float | None:
         policy = self._policy
+        if self._delays is None:
+            self._delays = iter(policy.backoff)
+            self._limited = policy.max_elapsed is not None or remaining() is not None
         left, limit = math.inf, GaveUp.ELAPSED
         if self._limited:
             left, limit = self._time_left(now)
             if left <= 0:
-                return limit
-        if self._number >= policy.attempts:
-            return GaveUp.ATTEMPTS
+                return self._give_up(limit, error, now)
+        if len(self._attempts) + 1 >= policy.attempts:
+            return self._give_up(GaveUp.ATTEMPTS, error, now)
         wait = next(self._delays, self._wait)
         if type(wait) is not float or not 0.0 <= wait < math.inf:
             _check_wait(wait)
         sent = True
-        if _asks(outcome):
+        try:  # at little cost, as this is done for each failure
+            asks = hasattr(outcome, "retry_after") or issubclass(type(outcome), ExceptionGroup)
+        except Exception:  # noqa: BLE001 -- whoever reads it takes more care
+            asks = True
+        if asks:
             leaves = list(_leaves(outcome))
             refusals = [isinstance(leaf, LocalRejection) for leaf in leaves]
             sent = not all(refusals)
             wait = max(wait, *(self._wait_asked_for(leaf) for leaf in leaves))
             if any(refusals) and (wait >= left or left == math.inf):
-                return GaveUp.REJECTED
+                return self._give_up(GaveUp.REJECTED, error, now)
         if wait >= left:
-            return limit
+            return self._give_up(limit, error, now)
         # What was refused here never reached the service: it costs no budget.
         if policy.budget is not None and sent and not policy.budget.withdraw(now):
             policy._out_of_budget += 1
-            return GaveUp.BUDGET
+            return self._give_up(GaveUp.BUDGET, error, now)
         self._wait = wait
+        self._attempts.append((error, self.began, now))
+        if policy.on_event is not None:
+            event = {"number": len(self._attempts), "error": error, "delay": wait}
+            notify(policy.on_event, "retry.attempt_failed", **event)
+        return wait
+
+    def _give_up(self, reason: GaveUp, error: Exception | None, now: float) -> float | None:
+        self._policy._gave_up += 1
+        if error is not None:
+            self._attach_report(error, reason, now)
+        event = {"attempts": self._number, "reason": reason.value, "error": error}
+        notify(self._policy.on_event, "retry.gave_up", **event)
         return None
 
     def _time_left(self, now: float) -> tuple[float, GaveUp]:
@@ -728,7 +686,7 @@ class _Run:
         note = f"retry: gave up after {tried}, reason: {reason.value}"
         history = [
             (raised, began - self.start, ended - began)
-            for raised, began, ended in [*self._attempts, (None, self._began, now)]
+            for raised, began, ended in [*self._attempts, (None, self.began, now)]
         ]
         with contextlib.suppress(AttributeError):  # an exception may be frozen
             error.add_note(note)
@@ -760,7 +718,7 @@ class _Attempts:
             raise StopAsyncIteration
         run, wait = last._next
         try:
-            await asyncio.sleep(wait)
+            await (asyncio.sleep(wait) if wait else _one_turn())
             run.begin_attempt(clock())
             self._attempt = Attempt(run, last.number + 1)
         finally:
@@ -962,14 +920,6 @@ def _predicate(name: str, condition: Condition) -> Callable[[Exception], bool]:
     return matches
 
 
-def _asks(outcome: object) -> bool:
-    """Tell, at little cost, whether an outcome may hold a ``retry_after``."""
-    try:
-        return hasattr(outcome, "retry_after") or issubclass(type(outcome), ExceptionGroup)
-    except Exception:  # noqa: BLE001 -- whoever reads it takes more care
-        return True
-
-
 def _leaves(outcome: object) -> Iterator[object]:
     if isinstance(outcome, ExceptionGroup):
         for part in outcome.exceptions:
@@ -1004,6 +954,12 @@ def _refuse_awaitable(fn: object, result: object) -> None:
         if inspect.iscoroutine(result):
             result.close()
         raise TypeError(f"{fn!r} is no async def but returned an awaitable; use call() for it")
+
+
+@types.coroutine
+def _one_turn() -> Generator[None, None, None]:
+    """Let the others run, in half the steps that asyncio.sleep(0) takes."""
+    yield
 
 
 def _cancellations(task: asyncio.Task[Any], error: BaseException) -> int:
