@@ -1123,6 +1123,13 @@ async def test_bad_wait_is_refused_when_it_is_drawn(waits: list[Any], message: s
     assert service.times == [0.0, 1.0][: len(waits) or 1]
 
 
+async def test_last_wait_of_a_backoff_is_its_own() -> None:
+    """A wait that an error asked for is not used again when the backoff has ended."""
+    service = Service(BusyError(3), OSError(), "answer")
+    await Retry(on=(BusyError, OSError), backoff=[0.5]).call(service)
+    assert service.times == [0.0, 3.0, 3.5]
+
+
 async def test_waits_of_any_number_type_serve() -> None:
     """Whole numbers are waits, too."""
     service = Service(OSError(), OSError(), "answer")
@@ -1203,7 +1210,8 @@ def test_one_policy_serves_three_loops() -> None:
     assert retry.statistics().recovered == 3
 
 
-def test_cancellation_anywhere_stops_the_call() -> None:
+@pytest.mark.parametrize("form", ["call", "decorated", "block"])
+def test_cancellation_anywhere_stops_the_call(form: str) -> None:
     """Wherever a call is cancelled, it makes no other attempt and leaves no deadline."""
 
     class State:
@@ -1224,8 +1232,13 @@ def test_cancellation_anywhere_stops_the_call() -> None:
                 raise
             raise OSError("down")
 
+        forms = {
+            "call": lambda: retry.call(work),
+            "decorated": retry(work),
+            "block": lambda: in_block(retry, work),
+        }
         try:
-            await retry.call(work)
+            await forms[form]()
         except OSError:
             pass
         finally:

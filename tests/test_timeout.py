@@ -842,3 +842,33 @@ def test_cancellation_anywhere_does_not_break_the_cleanup() -> None:
         await bounded_cleanup(close(log), 1)
 
     assert explore_cancellation(Log, scenario, lambda log: log.begun == log.ended) > 3
+
+
+def test_cancellation_anywhere_does_not_confuse_cancel_and_wait() -> None:
+    """Wherever caller or task is cancelled, what is told of the task is true, and it cleans up."""
+
+    class Told:
+        begun = ended = 0
+        true = True
+
+    async def work(told: Told) -> None:
+        told.begun += 1
+        try:
+            await asyncio.sleep(10)
+        finally:
+            told.ended += 1
+
+    async def scenario(told: Told) -> None:
+        task = asyncio.create_task(work(told))
+        try:
+            await asyncio.sleep(0.1)
+            outcome = await cancel_and_wait(task, grace=1)
+            told.true = outcome is CancelOutcome.CANCELLED and task.cancelled()
+        finally:  # the explorer wants no task left
+            task.cancel()
+            await asyncio.wait([task])
+
+    def whole(told: Told) -> bool:
+        return told.true and told.begun == told.ended
+
+    assert explore_cancellation(Told, scenario, whole) > 5

@@ -621,7 +621,7 @@ class _Run:
                 return self._give_up(limit, error, now)
         if len(self._attempts) + 1 >= policy.attempts:
             return self._give_up(GaveUp.ATTEMPTS, error, now)
-        wait = next(self._delays, self._wait)
+        self._wait = wait = next(self._delays, self._wait)
         if type(wait) is not float or not 0.0 <= wait < math.inf:
             _check_wait(wait)
         sent = True
@@ -642,7 +642,6 @@ class _Run:
         if policy.budget is not None and sent and not policy.budget.withdraw(now):
             policy._out_of_budget += 1
             return self._give_up(GaveUp.BUDGET, error, now)
-        self._wait = wait
         self._attempts.append((error, self.began, now))
         if policy.on_event is not None:
             event = {"number": len(self._attempts), "error": error, "delay": wait}
