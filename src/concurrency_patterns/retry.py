@@ -211,7 +211,7 @@ class Retry:
     Only an :exc:`Exception` is ever retried, so never :exc:`~asyncio.CancelledError`,
     :exc:`KeyboardInterrupt`, :exc:`SystemExit` or :exc:`GeneratorExit`, whatever ``on`` says. If
     the task was cancelled during an attempt and the function made another error of that, it is not
-    retried either. (Before Python 3.13 a failed :class:`~asyncio.TaskGroup` looks like that. It is
+    retried either. (Before Python 3.13 a failed ``asyncio.TaskGroup`` looks like that. It is
     told apart by its exception group, or an error raised from it; a function that has dealt with
     the group and then fails in another way is not retried there.)
 

@@ -50,7 +50,7 @@ def deadline(seconds: float) -> FailScope:
 
     A deadline inside another one never ends later than the outer one: for what is inside, the end
     of the outer one is a cancellation from outside. It reaches a child task through what waits for
-    it, as each cancellation does: a :class:`~asyncio.TaskGroup`, :func:`asyncio.gather`. A task
+    it, as each cancellation does: an ``asyncio.TaskGroup``, :func:`asyncio.gather`. A task
     that nobody waits for, or that is shielded, goes on until its own deadline.
 
     Args:
