@@ -506,6 +506,7 @@ def retry_report(error: BaseException) -> RetryReport | None:
     return RetryReport(reason, tuple(attempts), elapsed)
 
 
+_NO_LIMIT = (math.inf, GaveUp.ELAPSED)
 _NONE_YET: Any = object()  # the wait before the first one is drawn
 
 
@@ -570,10 +571,11 @@ class _Run:
     ) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if there is none."""
         policy, task = self._policy, self._task
-        cut_off = scope is not None and scope.expired
-        if not (isinstance(error, policy._classes) or cut_off or policy._matches_on(error)) or (
-            policy._matches_never is not None and policy._matches_never(error)
-        ):
+        if not (
+            isinstance(error, policy._classes)
+            or (scope is not None and scope.expired)
+            or policy._matches_on(error)
+        ) or (policy._matches_never is not None and policy._matches_never(error)):
             if self._attempts:  # a bug at once is none of our business
                 self._give_up(GaveUp.ERROR, error, now)
             return None
@@ -614,11 +616,9 @@ class _Run:
         if self._delays is None:
             self._delays = iter(policy.backoff)
             self._limited = policy.max_elapsed is not None or remaining() is not None
-        left, limit = math.inf, GaveUp.ELAPSED
-        if self._limited:
-            left, limit = self._time_left(now)
-            if left <= 0:
-                return self._give_up(limit, error, now)
+        left, limit = self._time_left(now) if self._limited else _NO_LIMIT
+        if left <= 0:
+            return self._give_up(limit, error, now)
         if len(self._attempts) + 1 >= policy.attempts:
             return self._give_up(GaveUp.ATTEMPTS, error, now)
         self._wait = wait = next(self._delays, self._wait)
