@@ -516,6 +516,22 @@ async def test_report_says_what_it_cannot_know() -> None:
     ]
 
 
+@pytest.mark.parametrize("still", [True, False])
+def test_report_has_the_time_of_the_loop(still: bool) -> None:
+    """The clock is that of the loop, also if somebody has put another one into asyncio's own."""
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        with mock.patch.object(loop, "time", (lambda: 5.0) if still else loop.time):
+            with pytest.raises(ConnectionError) as caught:
+                await Retry(on=ConnectionError, backoff=Fixed(0))(fails)()
+            report = retry_report(caught.value)
+            assert report is not None
+            return report.elapsed
+
+    assert (asyncio.run(main()) == 0) is still
+
+
 def test_report_of_a_plain_function_is_complete() -> None:
     """On a plain def the first attempt is timed, too."""
 
