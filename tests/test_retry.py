@@ -10,13 +10,17 @@ import random
 import threading
 import time
 import weakref
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from concurrency_patterns.compose import compose
 from concurrency_patterns.errors import CircuitOpen, DeadlineExceeded, RateLimitExceeded
 from concurrency_patterns.retry import (
     DecorrelatedJitter,
@@ -35,7 +39,7 @@ from concurrency_patterns.testing import explore_cancellation, run_virtual
 from concurrency_patterns.timeout import deadline, remaining
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def now() -> float:
@@ -190,7 +194,7 @@ def test_plain_function_starts_no_attempt_too_late() -> None:
 
 
 async def test_what_cannot_be_retried_is_refused() -> None:
-    """Generators, and coroutines hidden in a plain function, are refused aloud."""
+    """Generators, and awaitables out of a plain function, are refused aloud."""
     retry = Retry(on=OSError)
     with pytest.raises(TypeError, match="generator"):
 
@@ -207,8 +211,11 @@ async def test_what_cannot_be_retried_is_refused() -> None:
     with pytest.raises(TypeError, match="attempt_timeout"):
         Retry(on=OSError, attempt_timeout=1)(print)
     for policy in (retry, Retry(on=OSError, max_elapsed=1)):
-        with pytest.raises(TypeError, match="returned a coroutine"):
+        with pytest.raises(TypeError, match="returned an awaitable"):
             policy(lambda: asyncio.sleep(0))()
+        future = asyncio.get_running_loop().create_future()
+        with pytest.raises(TypeError, match="returned an awaitable"):
+            policy(lambda future=future: future)()
 
 
 # --- what is retried
@@ -294,6 +301,142 @@ async def test_cancellation_in_disguise_is_not_retried() -> None:
     assert report.reason is GaveUp.CANCELLED
 
 
+class Raiser:
+    """Fails in a task group again and again; how the failure leaves the group is the subclass's."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def child_fails(self) -> None:
+        """Fail while the group waits for its children."""
+        self.calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fails())
+            group.create_task(asyncio.sleep(100))
+
+    async def child_fails_in_the_body(self) -> None:
+        """Fail while the body of the group still runs."""
+        self.calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fails())
+            await asyncio.sleep(100)
+
+    async def body_fails(self) -> None:
+        """Fail in the body itself."""
+        self.calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(100))
+            await fails()
+
+    async def nested(self) -> None:
+        """Fail in a group inside the body of another one."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(100))
+            await self.child_fails()
+
+    async def unpacked(self) -> None:
+        """Let the first leaf out alone."""
+        try:
+            await self.child_fails()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def translated(self) -> None:
+        """Make an error of the own domain out of the group."""
+        try:
+            await self.child_fails()
+        except* ConnectionError as group:
+            raise ConnectionError("no answer") from group
+
+
+async def fails() -> None:
+    """Fail at once."""
+    raise ConnectionError("down")
+
+
+RAISERS = [name for name in vars(Raiser) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", RAISERS)
+@pytest.mark.parametrize("form", ["call", "decorated", "block"])
+async def test_failed_task_group_is_retried(form: str, name: str) -> None:
+    """A group that cancels its own task because a child failed is no cancellation of the call."""
+    raiser = Raiser()
+    work = getattr(raiser, name)
+    retry = Retry(on=ConnectionError, attempts=3, backoff=Fixed(0.1))
+    forms = {
+        "call": lambda: retry.call(work),
+        "decorated": retry(work),
+        "block": lambda: in_block(retry, work),
+    }
+    async with deadline(10):
+        with pytest.raises((ExceptionGroup, ConnectionError)) as caught:
+            await forms[form]()
+        report = retry_report(caught.value)
+        assert report is not None
+        assert (raiser.calls, report.reason) == (3, GaveUp.ATTEMPTS)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("name", RAISERS)
+@pytest.mark.parametrize("at", ["while it runs", "while it fails", "while it cleans up"])
+async def test_cancelled_task_group_is_not_retried(at: str, name: str) -> None:
+    """If the call is cancelled, too, it ends, whatever its task groups make of that."""
+    raiser = Raiser()
+    retry = Retry(on=ConnectionError, attempts=3, backoff=Fixed(0.1))
+
+    async def slow() -> None:
+        try:
+            await asyncio.sleep(1 if at != "while it runs" else 100)
+        finally:
+            if at == "while it fails":
+                task.cancel()
+            await asyncio.sleep(0.5)
+            raise ConnectionError("down")
+
+    with mock.patch(f"{__name__}.fails", slow):
+        task = asyncio.create_task(retry.call(getattr(raiser, name)))
+        if at != "while it fails":
+            await asyncio.sleep(1.2)
+            task.cancel()
+        await asyncio.wait([task])
+    assert raiser.calls == 1
+
+
+async def test_cancellation_of_long_ago_is_none_of_the_calls() -> None:
+    """A task that ignored a cancellation before the call, or is in its clean-up, may retry."""
+    calls: list[str] = []
+
+    async def flaky(name: str) -> None:
+        calls.append(name)
+        raise ConnectionError("down")
+
+    async def worker(retry: Callable[..., Any]) -> None:
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            with pytest.raises(ConnectionError):
+                await retry("in the clean-up")
+        with pytest.raises(ConnectionError):
+            await retry("after it")
+
+    policy = Retry(on=ConnectionError, attempts=2, backoff=Fixed(0.1))
+    forms: list[Callable[..., Any]] = [
+        lambda name: policy.call(flaky, name),
+        policy(flaky),
+        lambda name: in_block(policy, lambda: flaky(name)),
+    ]
+    for form in forms:
+        calls.clear()
+        task = asyncio.create_task(worker(form))
+        await asyncio.sleep(1)
+        task.cancel()
+        await task
+        assert calls == ["in the clean-up"] * 2 + ["after it"] * 2
+
+
 async def test_exception_group_is_matched_by_all_its_leaves() -> None:
     """A group is retried when each of its leaves would be."""
     good = ExceptionGroup("", [OSError(), ExceptionGroup("", [ConnectionError()])])
@@ -371,6 +514,22 @@ async def test_report_says_what_it_cannot_know() -> None:
     assert caught.value.__notes__ == [
         "retry: gave up after 2 attempts in 3.0 s since the first failure, reason: attempts"
     ]
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_report_has_the_time_of_the_loop(still: bool) -> None:
+    """The clock is that of the loop, also if somebody has put another one into asyncio's own."""
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        with mock.patch.object(loop, "time", (lambda: 5.0) if still else loop.time):
+            with pytest.raises(ConnectionError) as caught:
+                await Retry(on=ConnectionError, backoff=Fixed(0))(fails)()
+            report = retry_report(caught.value)
+            assert report is not None
+            return report.elapsed
+
+    assert (asyncio.run(main()) == 0) is still
 
 
 def test_report_of_a_plain_function_is_complete() -> None:
@@ -569,7 +728,68 @@ async def test_retry_after_is_honoured_up_to_the_cap() -> None:
     assert service.times == [0.0, 3.0, 3.5, 13.5]
 
 
-@pytest.mark.parametrize("hint", [None, "Wed, 21 Oct 2026 07:28:00 GMT", math.nan, math.inf, -1])
+@pytest.mark.parametrize("hint", [math.inf, 10**400])
+async def test_endless_retry_after_is_capped(hint: float) -> None:
+    """However much time an error asks for, the wait is the cap, as with a circuit breaker."""
+    service = Service(BusyError(hint), "answer")
+    await Retry(on=BusyError, backoff=Fixed(0.5), max_retry_after=10).call(service)
+    assert service.times == [0.0, 10.0]
+
+
+async def test_retry_after_that_raises_does_not_hide_the_error() -> None:
+    """An error whose retry_after cannot be read is retried like one that has none."""
+
+    class BrokenError(Exception):
+        @property
+        def retry_after(self) -> float:
+            raise RuntimeError("no such header")
+
+    service = Service(BrokenError())
+    with pytest.raises(BrokenError):
+        await Retry(on=BrokenError, backoff=Fixed(0.5)).call(service)
+    assert service.times == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "wait", "taken"),
+    [
+        ([BusyError(3), OSError(), BusyError(1)], 3, 1),
+        ([BusyError(3600), BusyError(1)], 10, 1),
+        ([CircuitOpen(retry_after=30), CircuitOpen(retry_after=20)], 30, 0),
+        ([CircuitOpen(retry_after=30), OSError()], 30, 1),  # the other one reached the service
+        ([CircuitOpen(retry_after=30), RateLimitExceeded()], None, 0),
+        ([CircuitOpen(retry_after=99), OSError()], None, 0),
+    ],
+)
+async def test_group_is_asked_for_its_longest_wait(
+    leaves: list[Exception], wait: float | None, taken: int
+) -> None:
+    """A group waits for all its leaves, and costs no budget if none of them left this place."""
+    budget = RetryBudget()
+    retry = Retry(on=Exception, backoff=Fixed(1), max_elapsed=60, max_retry_after=10, budget=budget)
+    service = Service(ExceptionGroup("", [ExceptionGroup("", leaves[:1]), *leaves[1:]]), "answer")
+    if wait is None:
+        with pytest.raises(ExceptionGroup) as caught:
+            await retry.call(service)
+        report = retry_report(caught.value)
+        assert report is not None
+        assert report.reason is GaveUp.REJECTED
+    else:
+        assert await retry.call(service) == "answer"
+        assert service.times == [0, wait]
+    assert budget.statistics().retries == taken
+
+
+async def test_group_through_an_open_breaker_is_not_waited_out_without_a_limit() -> None:
+    """As long as nobody says how long we may wait, a rejected leaf ends the call at once."""
+    for leaves in ([CircuitOpen(retry_after=1)], [OSError(), CircuitOpen(retry_after=1)]):
+        service = Service(ExceptionGroup("", leaves))
+        with pytest.raises(ExceptionGroup):
+            await Retry(on=Exception, backoff=Fixed(1)).call(service)
+        assert service.times == [0]
+
+
+@pytest.mark.parametrize("hint", [None, "Wed, 21 Oct 2026 07:28:00 GMT", math.nan, -1])
 async def test_senseless_retry_after_is_ignored(hint: Any) -> None:
     """A retry_after that is no number of seconds changes nothing."""
     service = Service(BusyError(hint), "answer")
@@ -667,12 +887,25 @@ def test_jitter_can_be_repeated_exactly(kind: Any) -> None:
 
 async def test_concurrent_calls_share_no_state() -> None:
     """T28: Each call has its own attempts and its own waits, though they use one policy."""
-    retry = Retry(on=OSError, attempts=4, backoff=DecorrelatedJitter(base=1, factor=1, cap=99))
+    retry = Retry(on=OSError, attempts=4, backoff=Exponential(base=1, factor=3, cap=99))
     services = [Service(*[OSError()] * 3, n) for n in range(20)]
-    answers = await asyncio.gather(*(retry.call(service) for service in services))
+    calls: list[Any] = [
+        asyncio.create_task(in_block(retry, service) if number % 2 else retry.call(service))
+        for number, service in enumerate(services)
+    ]
+    answers = await asyncio.gather(*calls)
     assert answers == list(range(20))
-    assert all(service.times == [0, 1, 2, 3] for service in services)
+    assert all(service.times == [0, 1, 4, 13] for service in services)
     assert retry.statistics() == RetryStatistics(20, 60, 20, 0, 0)
+
+
+async def test_concurrent_calls_decorrelate_their_own_waits() -> None:
+    """T28: The last wait of one call has no part in the next wait of another one."""
+    with mock.patch.object(random, "uniform", lambda _, high: high):
+        retry = Retry(on=OSError, attempts=4, backoff=DecorrelatedJitter(base=1, cap=99))
+        services = [Service(*[OSError()] * 3, n) for n in range(20)]
+        await asyncio.gather(*(retry.call(service) for service in services))
+    assert all(service.times == [0, 3, 12, 39] for service in services)
 
 
 async def test_a_list_of_waits_is_a_backoff() -> None:
@@ -740,41 +973,109 @@ def test_budget_comes_back_with_the_window() -> None:
     assert [budget.withdraw(11) for _ in range(2)] == [True, False]
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=200),
-    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-)
-def test_budget_never_allows_more_than_its_share(
-    steps: list[tuple[float, bool]], ratio: float
-) -> None:
-    """In each window there are at most the reserve and the share of its calls."""
-    budget = RetryBudget(ratio=ratio, min_per_second=0.2, window=10)
-    time, calls, retries = 0.0, [], []
-    for pause, is_call in steps:
-        time += pause
-        if is_call:
-            budget.deposit(time)
-            calls.append(time)
-        elif budget.withdraw(time):
-            retries.append(time)
-            recent = sum(at > time - 9 for at in retries)
-            assert recent <= 2 + ratio * sum(at > time - 10 for at in calls) + 1e-6
+class BudgetMachine(RuleBasedStateMachine):
+    """The budget and plain lists of all that happened are told the same, and must agree."""
+
+    @initialize(
+        ratio=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        min_per_second=st.sampled_from([0.2, 1.0]),
+        window=st.sampled_from([5.0, 10.0, 60.0]),
+    )
+    def make(self, ratio: float, min_per_second: float, window: float) -> None:
+        self.budget = RetryBudget(ratio=ratio, min_per_second=min_per_second, window=window)
+        self.now = 1000  # in tenths of a window
+        self.newest: int | None = None
+        self.calls: list[int] = []
+        self.retries: list[int] = []
+        self.counted = RetryBudgetStatistics(0, 0, 0)
+
+    @rule(tenths=st.integers(-25, 25))
+    def another_time_is_told(self, tenths: int) -> None:
+        self.now += tenths
+
+    def seconds(self) -> float:
+        """Tell the time to the budget, and note when that counts."""
+        if self.newest is not None and self.now <= self.newest - 10:
+            self.newest = None  # another clock
+            self.calls.clear()
+            self.retries.clear()
+        self.newest = self.now if self.newest is None else max(self.now, self.newest)
+        return (self.now + 0.5) * self.budget.window / 10
+
+    @rule(count=st.integers(1, 20))
+    def calls_come(self, count: int) -> None:
+        for _ in range(count):
+            self.budget.deposit(self.seconds())
+            self.calls.append(self.newest or 0)
+        self.counted = replace(self.counted, calls=self.counted.calls + count)
+
+    @rule(count=st.integers(1, 20))
+    def retries_are_asked_for(self, count: int) -> None:
+        asked = [self.budget.withdraw(self.seconds()) for _ in range(count)]
+        newest = self.newest or 0
+        calls = sum(time > newest - 10 for time in self.calls)
+        retries = sum(time > newest - 10 for time in self.retries)
+        allowed = self.budget.min_per_second * self.budget.window + self.budget.ratio * calls
+        granted = min(count, max(0, math.floor(allowed + 1e-6) - retries))
+        assert asked == [True] * granted + [False] * (count - granted)
+        self.retries += [newest] * granted
+        self.counted = replace(
+            self.counted,
+            retries=self.counted.retries + granted,
+            refused=self.counted.refused + count - granted,
+        )
+
+    @invariant()
+    def all_is_counted(self) -> None:
+        if hasattr(self, "budget"):
+            assert self.budget.statistics() == self.counted
+
+
+TestBudgetAgreesWithItsModel = BudgetMachine.TestCase
+TestBudgetAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
+TestBudgetAgreesWithItsModel.__doc__ = "Whatever the clock does, a retry is granted when it is due."
+
+
+def test_budget_survives_threads_that_come_in_the_wrong_order() -> None:
+    """A thread that read the clock before another one, and comes after it, erases nothing."""
+    budget = RetryBudget(ratio=0.1, min_per_second=0, window=10)
+    for _ in range(1000):
+        budget.deposit(101)
+    budget.deposit(102.0001)
+    budget.deposit(101.9999)
+    assert sum(budget.withdraw(101.9999) for _ in range(500)) == 100
+    assert not budget.withdraw(102.0001)
+
+
+def test_budget_starts_anew_on_another_clock() -> None:
+    """An event loop whose clock is far behind is not stuck with what another loop has spent."""
+    budget = RetryBudget(ratio=0, min_per_second=0.1, window=10)
+    assert [budget.withdraw(5000) for _ in range(2)] == [True, False]
+    assert [budget.withdraw(7) for _ in range(2)] == [True, False]
 
 
 def test_budget_is_safe_from_threads() -> None:
     """Threads that share a budget get exactly what it allows."""
-    budget = RetryBudget(ratio=0, min_per_second=50, window=10)
+
+    class SlowRatio(float):
+        """Lets the other threads run between the count and the grant."""
+
+        def __mul__(self, other: float) -> float:
+            time.sleep(0.0005)
+            return super().__mul__(other)
+
+    budget = RetryBudget(ratio=SlowRatio(0), min_per_second=1, window=10)
     granted = []
 
     def work() -> None:
-        granted.extend(budget.withdraw(1.0) for _ in range(200))
+        granted.extend(budget.withdraw(1.0) for _ in range(10))
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(granted) == 500
+    assert sum(granted) == 10
 
 
 # --- construction
@@ -798,12 +1099,94 @@ def test_budget_is_safe_from_threads() -> None:
         ({"backoff": iter([1])}, "backoff must be iterable anew"),
         ({"backoff": []}, "backoff must hold at least one wait"),
         ({"backoff": [1, -1]}, "backoff must be 0 or more, got -1"),
+        ({"budget": 5}, "budget must be a RetryBudget, got 5"),
+        ({"budget": RetryBudget}, "budget must be a RetryBudget, got <class"),
+        ({"on_result": 5}, "on_result must be a function, got 5"),
     ],
 )
 def test_bad_arguments_are_refused_when_made(arguments: dict[str, Any], message: str) -> None:
     """What makes no sense is refused where it is written, with its name and value."""
     with pytest.raises((ValueError, TypeError), match=message):
         Retry(**{"on": OSError, **arguments})
+
+
+class Waits:
+    """A backoff of somebody else."""
+
+    def __init__(self, *waits: Any) -> None:
+        self.waits = waits
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.waits)
+
+
+@pytest.mark.parametrize(
+    ("waits", "message"),
+    [
+        ([1, math.nan], "backoff must be finite, got nan"),
+        ([1, math.inf], "backoff must be finite, got inf"),
+        ([1, -1], "backoff must be 0 or more, got -1"),
+        ([1, "2"], "backoff must be a number, got '2'"),
+        ([], "backoff must hold at least one wait"),
+    ],
+)
+async def test_bad_wait_is_refused_when_it_is_drawn(waits: list[Any], message: str) -> None:
+    """A backoff of unknown kind that gives nonsense is told, together with the error at hand."""
+    service = Service(OSError("down"))
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        await Retry(on=OSError, attempts=9, backoff=Waits(*waits), max_elapsed=5).call(service)
+    assert repr(caught.value.__context__) == "OSError('down')"
+    assert service.times == [0.0, 1.0][: len(waits) or 1]
+
+
+async def test_last_wait_of_a_backoff_is_its_own() -> None:
+    """A wait that an error asked for is not used again when the backoff has ended."""
+    service = Service(BusyError(3), OSError(), "answer")
+    await Retry(on=(BusyError, OSError), backoff=[0.5]).call(service)
+    assert service.times == [0.0, 3.0, 3.5]
+
+
+async def test_waits_of_any_number_type_serve() -> None:
+    """Whole numbers are waits, too."""
+    service = Service(OSError(), OSError(), "answer")
+    await Retry(on=OSError, backoff=Waits(1, 2)).call(service)
+    assert service.times == [0, 1, 3]
+
+
+def test_repr_tells_what_is_not_default() -> None:
+    """The repr is the expression that made it, without what is as always."""
+    assert repr(Retry(on=OSError)) == "Retry(on=OSError)"
+
+    def flaky(error: Exception) -> bool:
+        return bool(error)
+
+    flaky.__qualname__ = "flaky"
+    retry = Retry(
+        on=(OSError, ValueError),
+        attempts=5,
+        backoff=Fixed(1),
+        never=flaky,
+        max_elapsed=60,
+        budget=RetryBudget(ratio=0.1),
+    )
+    assert repr(retry) == (
+        "Retry(on=(OSError, ValueError), attempts=5, backoff=Fixed(delay=1), never=flaky, "
+        "max_elapsed=60, budget=RetryBudget(ratio=0.1, min_per_second=1.0, window=10.0))"
+    )
+    assert compose(retry).describe() == [repr(retry)]
+
+
+async def test_jitter_is_on_by_default() -> None:
+    """Without any word about the backoff, clients that failed together do not come back so."""
+
+    async def second_attempt() -> float:
+        service = Service(OSError(), "answer")
+        await Retry(on=OSError).call(service)
+        return service.times[1]
+
+    waits = await asyncio.gather(*(second_attempt() for _ in range(50)))
+    assert len(set(waits)) > 40
+    assert 0 <= min(waits) < max(waits) <= 0.1
 
 
 def test_on_has_no_default() -> None:
@@ -820,6 +1203,8 @@ def test_on_has_no_default() -> None:
         (lambda: FullJitter(factor=0.5), "factor must be at least 1, got 0.5"),
         (lambda: EqualJitter(cap=math.nan), "cap must be finite, got nan"),
         (lambda: DecorrelatedJitter(base=math.inf), "base must be finite, got inf"),
+        (lambda: FullJitter(rng=7), "rng must be a random.Random, got 7"),  # type: ignore[arg-type]
+        (lambda: EqualJitter(rng=random), "rng must be a random.Random, got <module"),  # type: ignore[arg-type]
         (lambda: RetryBudget(ratio=-0.1), "ratio must be 0 or more, got -0.1"),
         (lambda: RetryBudget(window=0), "window must be above 0, got 0"),
         (lambda: RetryBudget(min_per_second=math.nan), "min_per_second must be finite"),
@@ -828,7 +1213,7 @@ def test_on_has_no_default() -> None:
 )
 def test_bad_backoff_and_budget_are_refused(make: Callable[[], object], message: str) -> None:
     """Backoffs and budgets refuse numbers out of their range."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 
@@ -841,7 +1226,8 @@ def test_one_policy_serves_three_loops() -> None:
     assert retry.statistics().recovered == 3
 
 
-def test_cancellation_anywhere_stops_the_call() -> None:
+@pytest.mark.parametrize("form", ["call", "decorated", "block"])
+def test_cancellation_anywhere_stops_the_call(form: str) -> None:
     """Wherever a call is cancelled, it makes no other attempt and leaves no deadline."""
 
     class State:
@@ -862,8 +1248,13 @@ def test_cancellation_anywhere_stops_the_call() -> None:
                 raise
             raise OSError("down")
 
+        forms = {
+            "call": lambda: retry.call(work),
+            "decorated": retry(work),
+            "block": lambda: in_block(retry, work),
+        }
         try:
-            await retry.call(work)
+            await forms[form]()
         except OSError:
             pass
         finally:

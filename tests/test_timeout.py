@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from concurrency_patterns.circuit_breaker import CircuitBreaker, CircuitState
+from concurrency_patterns.compose import compose
 from concurrency_patterns.errors import DeadlineExceeded
+from concurrency_patterns.fallback import Hedge
 from concurrency_patterns.testing import explore_cancellation, run_virtual
 from concurrency_patterns.timeout import (
     CancelOutcome,
@@ -103,18 +106,124 @@ async def test_inner_deadline_leaves_time_to_the_outer_one() -> None:
 
 
 async def test_child_task_keeps_to_the_deadline_of_its_parent() -> None:
-    """A deadline opened in a child task never outlives the one in which the task was created."""
+    """A deadline opened in a child task never outlives the one around the group of the task."""
+    outcomes = []
 
-    async def child() -> float:
+    async def child() -> None:
         start = now()
-        with pytest.raises(DeadlineExceeded):
-            async with deadline(60):
+        try:
+            async with deadline(60) as inner:
+                assert remaining() == 2
                 await asyncio.sleep(100)
-        return now() - start
+        except asyncio.CancelledError:  # a DeadlineExceeded would blame the 60 s
+            outcomes.append((now() - start, inner.expired, cancelling()))
+            raise
 
-    async with move_on_after(2):
-        task = asyncio.create_task(child())
-        await asyncio.sleep(100)
+    async with move_on_after(2) as outer, asyncio.TaskGroup() as group:
+        group.create_task(child())
+    assert outer.expired
+    assert outcomes == [(2, False, 1)]
+
+
+async def fan_out(policy: Timeout) -> None:
+    """Call something slow in two child tasks."""
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(policy.call(asyncio.sleep, 0.2))
+
+
+async def fan_out_twice(policy: Timeout) -> None:
+    """Call something slow in the child tasks of a child task."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fan_out(policy))
+
+
+async def gathered(policy: Timeout) -> None:
+    """Call something slow in two gathered tasks."""
+    await asyncio.gather(*(policy.call(asyncio.sleep, 0.2) for _ in range(2)))
+
+
+async def directly(policy: Timeout) -> None:
+    """Call something slow in the task itself."""
+    await policy.call(asyncio.sleep, 0.2)
+
+
+@pytest.mark.parametrize("work", [fan_out, fan_out_twice, gathered, directly])
+async def test_impatient_caller_is_no_timeout_of_the_service(work: Callable[..., Any]) -> None:
+    """When the caller's deadline ends a call, its Timeout neither counts nor tells its own."""
+    told: list[object] = []
+    timeout = Timeout(2)
+    timeout.on_event = lambda *event: told.append(event)
+    with pytest.raises(DeadlineExceeded, match=r"not done within 0\.1 s") as caught:
+        async with deadline(0.1):
+            await work(timeout)
+    assert caught.value.seconds == 0.1
+    assert timeout.statistics().timed_out == 0
+    assert told == []
+
+
+async def test_impatient_callers_do_not_open_the_breaker_of_a_healthy_service() -> None:
+    """A breaker ignores what the deadline of the caller ends, in a child task, too."""
+    breaker = CircuitBreaker()
+    service = compose(Hedge(delay=0.05), breaker, Timeout(2))
+    for _ in range(5):
+        with pytest.raises(DeadlineExceeded):
+            async with deadline(0.1):
+                await service.call(asyncio.sleep, 0.2)
+    assert breaker.state is CircuitState.CLOSED
+    assert breaker.statistics().failed == 0
+    assert await service.call(asyncio.sleep, 0.2, "answer") == "answer"
+
+
+async def test_child_cleans_up_undisturbed_when_the_deadline_of_its_parent_is_over() -> None:
+    """A child task gets one cancellation when the time is over, and not one from each deadline."""
+    log = []
+
+    async def child() -> None:
+        async with deadline(60):
+            try:
+                await asyncio.sleep(100)
+            finally:
+                await asyncio.sleep(0.5)
+                log.append("clean")
+
+    async with move_on_after(1), asyncio.TaskGroup() as group:
+        group.create_task(child())
+    assert log == ["clean"]
+
+
+async def test_task_left_behind_has_its_own_limit_alone() -> None:
+    """A Timeout in a background task is not cut short by a deadline that its creator has left."""
+    start = now()
+
+    async def audit(seconds: float) -> str:
+        return await Timeout(30).call(asyncio.sleep, seconds, "written")
+
+    async with deadline(1):  # done at once
+        tasks = [asyncio.create_task(audit(seconds)) for seconds in (5, 100)]
+        await asyncio.sleep(0)
+    assert await tasks[0] == "written"
+    with pytest.raises(DeadlineExceeded, match=r"not done within 30 s"):
+        await tasks[1]
+    assert now() - start == 30
+
+
+async def test_shielded_task_outlives_the_deadline_around_it() -> None:
+    """What is shielded from the deadline's cancellation goes on to its own limit."""
+    async with move_on_after(1):
+        task = asyncio.create_task(Timeout(30).call(asyncio.sleep, 5, "written"))
+        await asyncio.shield(task)
+    assert await task == "written"
+
+
+async def test_remaining_is_the_least_of_all_deadlines_around() -> None:
+    """A longer deadline inside a shorter one does not hide it, also when one between is left."""
+    async with deadline(3), deadline(60) as inner:
+        assert (remaining(), inner.remaining()) == (3, 3)
+        async with deadline(2) as shortest:
+            task = asyncio.create_task(asyncio.sleep(0, remaining()))
+            assert (remaining(), shortest.remaining()) == (2, 2)
+        assert remaining() == 3
     assert await task == 2
 
 
@@ -181,6 +290,21 @@ async def test_deadline_crosses_into_the_loop_of_a_thread() -> None:
         left = await asyncio.to_thread(asyncio.run, inner())
     assert left is not None
     assert 2 < left <= 3
+
+
+async def test_deadline_ends_what_runs_in_the_loop_of_a_thread() -> None:
+    """No cancellation reaches a thread, so a limit there ends with the deadline of the caller."""
+    told: list[Any] = []
+    timeout = Timeout(60)
+    timeout.on_event = lambda _, data: told.append(data["seconds"])
+    async with move_on_after(0.1):
+        slow = timeout.call(asyncio.sleep, 100)
+        thread = asyncio.create_task(asyncio.to_thread(asyncio.run, slow))
+        await asyncio.shield(thread)
+    with pytest.raises(DeadlineExceeded) as caught:
+        await thread
+    assert told == [caught.value.seconds]
+    assert 0 < round(told[0], 6) <= 0.1
 
 
 async def test_outer_cancellation_wins_over_the_deadline() -> None:
@@ -718,3 +842,33 @@ def test_cancellation_anywhere_does_not_break_the_cleanup() -> None:
         await bounded_cleanup(close(log), 1)
 
     assert explore_cancellation(Log, scenario, lambda log: log.begun == log.ended) > 3
+
+
+def test_cancellation_anywhere_does_not_confuse_cancel_and_wait() -> None:
+    """Wherever caller or task is cancelled, what is told of the task is true, and it cleans up."""
+
+    class Told:
+        begun = ended = 0
+        true = True
+
+    async def work(told: Told) -> None:
+        told.begun += 1
+        try:
+            await asyncio.sleep(10)
+        finally:
+            told.ended += 1
+
+    async def scenario(told: Told) -> None:
+        task = asyncio.create_task(work(told))
+        try:
+            await asyncio.sleep(0.1)
+            outcome = await cancel_and_wait(task, grace=1)
+            told.true = outcome is CancelOutcome.CANCELLED and task.cancelled()
+        finally:  # the explorer wants no task left
+            task.cancel()
+            await asyncio.wait([task])
+
+    def whole(told: Told) -> bool:
+        return told.true and told.begun == told.ended
+
+    assert explore_cancellation(Told, scenario, whole) > 5

@@ -15,12 +15,14 @@ import inspect
 import itertools
 import math
 import random
+import sys
 import threading
 import time
+import traceback
+import types
 from collections import deque
 from dataclasses import KW_ONLY, dataclass, field, replace
-from types import CoroutineType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .errors import (
     DeadlineExceeded,
@@ -33,7 +35,7 @@ from .errors import (
 from .timeout import FailScope, remaining
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
     from types import TracebackType
     from typing import TypeAlias
 
@@ -76,7 +78,7 @@ class Fixed:
         check_seconds("delay", self.delay)
 
     def __iter__(self) -> Iterator[float]:
-        return itertools.repeat(self.delay)
+        return itertools.repeat(float(self.delay))
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ class FullJitter(Exponential):
 
     _: KW_ONLY
     rng: random.Random | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rng is not None and not isinstance(self.rng, random.Random):
+            raise TypeError(f"rng must be a random.Random, got {self.rng!r}")
 
     def __iter__(self) -> Iterator[float]:
         return map(functools.partial(_uniform(self.rng), 0.0), super().__iter__())
@@ -202,12 +209,18 @@ class Retry:
     as a block: ``async for attempt in retry:`` with ``async with attempt:`` inside.
 
     Only an :exc:`Exception` is ever retried, so never :exc:`~asyncio.CancelledError`,
-    :exc:`KeyboardInterrupt`, :exc:`SystemExit` or :exc:`GeneratorExit`, whatever ``on`` says. An
-    exception group counts as a failure to retry when all its leaves do. A
-    :class:`~concurrency_patterns.errors.LocalRejection` (an open circuit breaker, an empty token
-    bucket) is retried only if ``on`` names it and it knows when to come back (``retry_after``), at
-    a time within ``max_elapsed`` or the :func:`~concurrency_patterns.timeout.deadline` around the
-    call; with neither of them it is raised at once.
+    :exc:`KeyboardInterrupt`, :exc:`SystemExit` or :exc:`GeneratorExit`, whatever ``on`` says. If
+    the task was cancelled during an attempt and the function made another error of that, it is not
+    retried either. (Before Python 3.13 a failed ``asyncio.TaskGroup`` looks like that. It is
+    told apart by its exception group, or an error raised from it; a function that has dealt with
+    the group and then fails in another way is not retried there.)
+
+    An exception group counts as a failure to retry when all its leaves do, and waits as long as
+    the leaf that asks for most. A :class:`~concurrency_patterns.errors.LocalRejection` (an open
+    circuit breaker, an empty token bucket), alone or in a group, is retried only if ``on`` names it
+    and it knows when to come back (``retry_after``), at a time within ``max_elapsed`` or the
+    :func:`~concurrency_patterns.timeout.deadline` around the call; with neither of them it is
+    raised at once. It costs nothing of the budget, unless another part of its group was sent.
 
     When it gives up, it raises the last exception as it is, with a note that tells the attempts,
     the time and the reason; :func:`retry_report` gives the history.
@@ -217,7 +230,8 @@ class Retry:
             exception. There is no default, as to retry everything is to retry bugs.
         attempts: How many calls there are at most, the first one included.
         backoff: The waits in seconds; anything that can be iterated anew for each call. When it
-            ends, its last wait is used again.
+            ends, its last wait is used again. A wait that makes no sense (negative, not finite)
+            ends the call with a :exc:`ValueError` that has the last exception as its context.
         never: What not to retry although ``on`` matches it; given as ``on`` is.
         on_result: Tells whether a result is as bad as a failure. After the last attempt it is
             returned nevertheless.
@@ -238,7 +252,7 @@ class Retry:
 
     Raises:
         ValueError: If a number is out of its range.
-        TypeError: If ``on`` or ``never`` is no exception class and no function.
+        TypeError: If an argument is of a wrong kind.
     """
 
     def __init__(
@@ -261,6 +275,10 @@ class Retry:
             check_positive("attempt_timeout", attempt_timeout)
         check_seconds("max_retry_after", max_retry_after)
         _check_backoff(backoff)
+        if on_result is not None and not callable(on_result):
+            raise TypeError(f"on_result must be a function, got {on_result!r}")
+        if budget is not None and not isinstance(budget, RetryBudget):
+            raise TypeError(f"budget must be a RetryBudget, got {budget!r}")
         self.on = on
         self.attempts = attempts
         self.backoff = backoff
@@ -282,6 +300,14 @@ class Retry:
         self._gave_up = 0
         self._out_of_budget = 0
 
+    def __repr__(self) -> str:
+        changed = (
+            f"{option.name}={_named(value)}"
+            for option in inspect.signature(Retry).parameters.values()
+            if (value := getattr(self, option.name)) != option.default
+        )
+        return f"Retry({', '.join(changed)})"
+
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn`` until it succeeds or there is a reason to give up.
 
@@ -289,9 +315,27 @@ class Retry:
             Exception: The last exception of ``fn``.
             DeadlineExceeded: If the last attempt was cut short.
         """
-        run = self._begin(asyncio.get_running_loop().time())
+        clock = asyncio.get_running_loop().time
+        run = self._begin(clock(), asyncio.current_task())
+        scope = None
         try:
-            return await self._go_on(run, None, fn, args, kwargs)
+            while True:
+                try:
+                    if self._timed:
+                        async with (scope := run.scope(clock())):
+                            result = await fn(*args, **kwargs)
+                    else:
+                        result = await fn(*args, **kwargs)
+                except Exception as error:
+                    wait = run.after_error(error, clock(), scope)
+                    if wait is None:
+                        raise
+                else:
+                    wait = run.after_result(result, clock())
+                    if wait is None:
+                        return result
+                await (asyncio.sleep(wait) if wait else _one_turn())
+                run.begin_attempt(clock())
         finally:
             del run  # this frame stays in the tracebacks that the run holds: no cycle
 
@@ -319,15 +363,27 @@ class Retry:
         @functools.wraps(fn)
         async def plain_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
             self._calls += 1
-            try:  # most succeed at once: nothing is made for them, and no clock is read
-                return await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
-            except Exception as error:
-                run = _Run(self, asyncio.get_running_loop().time(), began_late=True)
-                wait = run.after_error(error, run.start)
-                if wait is None:
-                    raise
+            task = asyncio.current_task()
+            cancelling = 0 if task is None else task.cancelling()
+            run = None
             try:
-                return await self._go_on(run, wait, fn, args, kwargs)
+                while True:
+                    try:  # most succeed at once: nothing is made for them, and no clock is read
+                        result = await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
+                    except Exception as error:
+                        if run is None:
+                            clock = _clock()
+                            run = _Run(self, clock(), task, cancelling, began_late=True)
+                        wait = run.after_error(error, clock())
+                        if wait is None:
+                            raise
+                    else:
+                        if run is not None:
+                            run.after_result(result, clock())
+                        return result
+                    await (asyncio.sleep(wait) if wait else _one_turn())
+                    run.began = clock()
+                    self._retries += 1
             finally:
                 del run
 
@@ -336,90 +392,42 @@ class Retry:
     def _wrap_sync(self, fn: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(fn)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-            run = self._begin(time.monotonic())
-            try:
-                return self._go_on_sync(run, None, fn, args, kwargs)
-            finally:
-                del run
-
-        @functools.wraps(fn)
-        def plain_wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-            self._calls += 1
             start = time.monotonic()
-            try:
-                result = fn(*args, **kwargs) if kwargs else fn(*args)  # type: ignore[call-arg]
-            except Exception as error:
-                run = _Run(self, start)
-                wait = run.after_error(error, time.monotonic())
-                if wait is None:
-                    raise
+            run = None
+            if self._plain:
+                self._calls += 1
             else:
-                if type(result) is CoroutineType:
-                    _refuse_coroutine(fn, result)  # type: ignore[arg-type]  # mypy sees a T
-                return result
+                run = self._begin(start)
             try:
-                return self._go_on_sync(run, wait, fn, args, kwargs)
+                while True:
+                    try:
+                        result = fn(*args, **kwargs) if kwargs else fn(*args)  # type: ignore[call-arg]
+                    except Exception as error:
+                        if run is None:
+                            run = _Run(self, start)
+                        wait = run.after_error(error, time.monotonic())
+                        if wait is None:
+                            raise
+                    else:
+                        if result is not None:
+                            _refuse_awaitable(fn, result)
+                        if run is None:
+                            return result
+                        wait = run.after_result(result, time.monotonic())
+                        if wait is None:
+                            return result
+                    time.sleep(wait)
+                    run.begin_attempt(time.monotonic())
             finally:
                 del run
 
-        return plain_wrapper if self._plain else wrapper
+        return wrapper
 
-    def _begin(self, now: float) -> _Run:
+    def _begin(self, now: float, task: asyncio.Task[Any] | None = None) -> _Run:
         self._calls += 1
         if self.budget is not None:
             self.budget.deposit(now)
-        return _Run(self, now)
-
-    async def _go_on(
-        self, run: _Run, wait: float | None, fn: Callable[..., Awaitable[T]], args: Any, kwargs: Any
-    ) -> T:
-        clock = asyncio.get_running_loop().time
-        attempt = functools.partial(fn, *args, **kwargs)
-        scope = None
-        try:
-            while True:
-                if wait is not None:
-                    await asyncio.sleep(wait)
-                    run.begin_attempt(clock())
-                try:
-                    if self._timed:
-                        async with (scope := run.scope(clock())):
-                            result = await attempt()
-                    else:
-                        result = await attempt()
-                except Exception as error:
-                    wait = run.after_error(error, clock(), scope)
-                    if wait is None:
-                        raise
-                else:
-                    wait = run.after_result(result, clock())
-                    if wait is None:
-                        return result
-        finally:
-            del run
-
-    def _go_on_sync(
-        self, run: _Run, wait: float | None, fn: Callable[..., T], args: Any, kwargs: Any
-    ) -> T:
-        try:
-            while True:
-                if wait is not None:
-                    time.sleep(wait)
-                    run.begin_attempt(time.monotonic())
-                try:
-                    result = fn(*args, **kwargs)
-                except Exception as error:
-                    wait = run.after_error(error, time.monotonic())
-                    if wait is None:
-                        raise
-                else:
-                    if isinstance(result, CoroutineType):
-                        _refuse_coroutine(fn, result)
-                    wait = run.after_result(result, time.monotonic())
-                    if wait is None:
-                        return result
-        finally:
-            del run
+        return _Run(self, now, task, 0 if task is None else task.cancelling())
 
     def __aiter__(self) -> _Attempts:
         if self.on_result is not None:
@@ -499,6 +507,7 @@ def retry_report(error: BaseException) -> RetryReport | None:
 
 
 _NO_LIMIT = (math.inf, GaveUp.ELAPSED)
+_NONE_YET: Any = object()  # the wait before the first one is drawn
 
 
 class _Run:
@@ -509,33 +518,39 @@ class _Run:
 
     __slots__ = (
         "_attempts",
-        "_began",
         "_began_late",
+        "_cancelling",
         "_delays",
-        "_fresh",
         "_limited",
-        "_number",
         "_policy",
         "_task",
         "_wait",
+        "began",
         "start",
     )
 
-    def __init__(self, policy: Retry, now: float, *, began_late: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Retry,
+        now: float,
+        task: asyncio.Task[Any]
+        | None = None,  # none for a plain def, which no cancellation reaches
+        cancelling: int = 0,  # at the beginning; these cancellations are none of the call's
+        *,
+        began_late: bool = False,
+    ) -> None:
         self._policy = policy
-        self.start = self._began = now
+        self._task = task
+        self._cancelling = cancelling
+        self.start = self.began = now
         self._began_late = began_late  # only at the first failure
-        self._number = 1
         self._attempts: list[tuple[Exception | None, float, float]] = []  # error, began, ended
-        self._wait = 0.0
-        self._fresh = True
+        self._wait: float = _NONE_YET
+        self._delays: Iterator[float] | None = None
 
-    def _prepare(self) -> None:
-        """Get what only a call that fails needs."""
-        self._fresh = False
-        self._delays = iter(self._policy.backoff)
-        self._limited = self._policy.max_elapsed is not None or remaining() is not None
-        self._task = _current_task()
+    @property
+    def _number(self) -> int:
+        return len(self._attempts) + 1
 
     def is_timed(self) -> bool:
         """Tell whether the attempts need a :meth:`scope`."""
@@ -555,96 +570,90 @@ class _Run:
         self, error: Exception, now: float, scope: FailScope | None = None
     ) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if there is none."""
-        policy = self._policy
-        if self._fresh:
-            self._prepare()
-        cut_off = scope is not None and scope.expired
-        if not (isinstance(error, policy._classes) or cut_off or policy._matches_on(error)) or (
-            policy._matches_never is not None and policy._matches_never(error)
-        ):
-            reason: GaveUp | None = GaveUp.ERROR
-        elif self._task is not None and self._task.cancelling():
-            reason = GaveUp.CANCELLED  # even if the function made another exception of it
-        else:
-            reason = self._limit_reached(error, now)
-        if reason is None:
-            self._attempts.append((error, self._began, now))
-            if policy.on_event is not None:
-                self._tell_failed(error)
-            return self._wait
-        if self._number > 1 or reason is not GaveUp.ERROR:  # a bug at once is none of our business
-            policy._gave_up += 1
-            self._attach_report(error, reason, now)
-            self._tell_gave_up(reason, error)
-        return None
+        policy, task = self._policy, self._task
+        if not (
+            isinstance(error, policy._classes)
+            or (scope is not None and scope.expired)
+            or policy._matches_on(error)
+        ) or (policy._matches_never is not None and policy._matches_never(error)):
+            if self._attempts:  # a bug at once is none of our business
+                self._give_up(GaveUp.ERROR, error, now)
+            return None
+        if (
+            task is not None
+            and task.cancelling() > self._cancelling
+            and _cancellations(task, error) > self._cancelling
+        ):  # even if the function made another exception of it
+            return self._give_up(GaveUp.CANCELLED, error, now)
+        return self._next_wait(error, error, now)
 
     def after_result(self, result: object, now: float) -> float | None:
         """Return how long to wait for the next attempt; ``None`` if the result is final."""
         policy = self._policy
-        if policy.on_result is None or not policy.on_result(result):
-            if self._number > 1:
-                policy._recovered += 1
-                notify(policy.on_event, "retry.recovered", attempts=self._number)
-            return None
-        if self._fresh:
-            self._prepare()
-        reason = self._limit_reached(result, now)
-        if reason is not None:
-            policy._gave_up += 1
-            self._tell_gave_up(reason, None)
-            return None
-        self._attempts.append((None, self._began, now))
-        self._tell_failed(None)
-        return self._wait
-
-    def _tell_failed(self, error: Exception | None) -> None:
-        if self._policy.on_event is not None:
-            event = {"number": self._number, "error": error, "delay": self._wait}
-            notify(self._policy.on_event, "retry.attempt_failed", **event)
-
-    def _tell_gave_up(self, reason: GaveUp, error: Exception | None) -> None:
-        if self._policy.on_event is not None:
-            event = {"attempts": self._number, "reason": reason.value, "error": error}
-            notify(self._policy.on_event, "retry.gave_up", **event)
+        if policy.on_result is not None and policy.on_result(result):
+            return self._next_wait(result, None, now)
+        if self._attempts:
+            policy._recovered += 1
+            notify(policy.on_event, "retry.recovered", attempts=self._number)
+        return None
 
     def begin_attempt(self, now: float) -> None:
         """Count the next attempt; if the timer woke us too late for it, raise the last error."""
         policy = self._policy
         if policy.max_elapsed is not None and now >= self.start + policy.max_elapsed:
-            self._give_up_asleep(now)
-        self._number += 1
-        self._began = now
+            last = self._attempts.pop()[0]
+            error = last or DeadlineExceeded("max_elapsed is over and the result is still bad")
+            self._give_up(GaveUp.ELAPSED, error, now)
+            try:
+                raise error
+            finally:
+                del error, last  # no cycle through this frame
+        self.began = now
         policy._retries += 1
 
-    def _give_up_asleep(self, now: float) -> None:
-        last = self._attempts.pop()[0]
-        self._policy._gave_up += 1
-        error = last or DeadlineExceeded("max_elapsed is over and the result is still bad")
-        self._attach_report(error, GaveUp.ELAPSED, now)
-        self._tell_gave_up(GaveUp.ELAPSED, error)
-        try:
-            raise error
-        finally:
-            del error, last  # no cycle through this frame
-
-    def _limit_reached(self, outcome: object, now: float) -> GaveUp | None:
-        """Say why there is no next attempt, or set the wait for it."""
+    def _next_wait(self, outcome: object, error: Exception | None, now: float) -> float | None:
         policy = self._policy
+        if self._delays is None:
+            self._delays = iter(policy.backoff)
+            self._limited = policy.max_elapsed is not None or remaining() is not None
         left, limit = self._time_left(now) if self._limited else _NO_LIMIT
         if left <= 0:
-            return limit
-        if self._number >= policy.attempts:
-            return GaveUp.ATTEMPTS
-        self._wait = next(self._delays, self._wait)
-        rejected = issubclass(type(outcome), LocalRejection)  # isinstance() is slow to say no
-        if rejected or hasattr(outcome, "retry_after"):
-            self._wait = self._wait_asked_for(outcome, self._wait)
-        if self._wait >= left or (rejected and left == math.inf):
-            return GaveUp.REJECTED if rejected else limit
-        # A call that was refused here never reached the service: it costs no budget.
-        if policy.budget is not None and not rejected and not policy.budget.withdraw(now):
+            return self._give_up(limit, error, now)
+        if len(self._attempts) + 1 >= policy.attempts:
+            return self._give_up(GaveUp.ATTEMPTS, error, now)
+        self._wait = wait = next(self._delays, self._wait)
+        if type(wait) is not float or not 0.0 <= wait < math.inf:
+            _check_wait(wait)
+        sent = True
+        try:  # at little cost, as this is done for each failure
+            asks = hasattr(outcome, "retry_after") or issubclass(type(outcome), ExceptionGroup)
+        except Exception:  # noqa: BLE001 -- whoever reads it takes more care
+            asks = True
+        if asks:
+            leaves = list(_leaves(outcome))
+            refusals = [isinstance(leaf, LocalRejection) for leaf in leaves]
+            sent = not all(refusals)
+            wait = max(wait, *(self._wait_asked_for(leaf) for leaf in leaves))
+            if any(refusals) and (wait >= left or left == math.inf):
+                return self._give_up(GaveUp.REJECTED, error, now)
+        if wait >= left:
+            return self._give_up(limit, error, now)
+        # What was refused here never reached the service: it costs no budget.
+        if policy.budget is not None and sent and not policy.budget.withdraw(now):
             policy._out_of_budget += 1
-            return GaveUp.BUDGET
+            return self._give_up(GaveUp.BUDGET, error, now)
+        self._attempts.append((error, self.began, now))
+        if policy.on_event is not None:
+            event = {"number": len(self._attempts), "error": error, "delay": wait}
+            notify(policy.on_event, "retry.attempt_failed", **event)
+        return wait
+
+    def _give_up(self, reason: GaveUp, error: Exception | None, now: float) -> float | None:
+        self._policy._gave_up += 1
+        if error is not None:
+            self._attach_report(error, reason, now)
+        event = {"attempts": self._number, "reason": reason.value, "error": error}
+        notify(self._policy.on_event, "retry.gave_up", **event)
         return None
 
     def _time_left(self, now: float) -> tuple[float, GaveUp]:
@@ -658,13 +667,15 @@ class _Run:
             return deadline_left, GaveUp.DEADLINE
         return elapsed_left, GaveUp.ELAPSED
 
-    def _wait_asked_for(self, outcome: object, delay: float) -> float:
-        hint = getattr(outcome, "retry_after", None)
-        if not isinstance(hint, int | float) or not math.isfinite(hint) or hint < 0:
+    def _wait_asked_for(self, outcome: object) -> float:
+        hint = None
+        with contextlib.suppress(Exception):  # a hint that cannot be read is none
+            hint = getattr(outcome, "retry_after", None)
+        if not isinstance(hint, int | float) or not hint >= 0:  # NaN, too
             hint = None
         if isinstance(outcome, LocalRejection):  # no use in coming back before the time it gives
-            return math.inf if hint is None else max(delay, hint)
-        return delay if hint is None else max(delay, min(hint, self._policy.max_retry_after))
+            return math.inf if hint is None else hint
+        return 0.0 if hint is None else min(hint, self._policy.max_retry_after)
 
     def _attach_report(self, error: Exception, reason: GaveUp, now: float) -> None:
         elapsed = now - self.start
@@ -674,7 +685,7 @@ class _Run:
         note = f"retry: gave up after {tried}, reason: {reason.value}"
         history = [
             (raised, began - self.start, ended - began)
-            for raised, began, ended in [*self._attempts, (None, self._began, now)]
+            for raised, began, ended in [*self._attempts, (None, self.began, now)]
         ]
         with contextlib.suppress(AttributeError):  # an exception may be frozen
             error.add_note(note)
@@ -696,7 +707,8 @@ class _Attempts:
     async def __anext__(self) -> Attempt:
         clock = asyncio.get_running_loop().time
         if self._attempt is None:
-            self._attempt = Attempt(self._policy._begin(clock()), 1)
+            run = self._policy._begin(clock(), asyncio.current_task())
+            self._attempt = Attempt(run, 1)
             return self._attempt
         last = self._attempt
         if last._run is not None:
@@ -705,7 +717,7 @@ class _Attempts:
             raise StopAsyncIteration
         run, wait = last._next
         try:
-            await asyncio.sleep(wait)
+            await (asyncio.sleep(wait) if wait else _one_turn())
             run.begin_attempt(clock())
             self._attempt = Attempt(run, last.number + 1)
         finally:
@@ -821,6 +833,12 @@ class RetryBudget:
         self._retries = 0
         self._refused = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"RetryBudget(ratio={self.ratio!r}, min_per_second={self.min_per_second!r}, "
+            f"window={self.window!r})"
+        )
+
     def deposit(self, now: float) -> None:
         """Count a call; it pays for a part of a retry.
 
@@ -845,9 +863,7 @@ class RetryBudget:
             calls = sum(piece[1] for piece in self._slices)
             retries = sum(piece[2] for piece in self._slices)
             allowed = self.min_per_second * self.window + self.ratio * calls
-            if (
-                retries + 1 > allowed + 1e-9
-            ):  # 0.1 * 30 is a little more than 3, 0.7 * 10 less than 7
+            if retries + 1 > allowed + 1e-9:  # as 0.7 * 10 is a little less than 7
                 self._refused += 1
                 return False
             current[2] += 1
@@ -860,15 +876,25 @@ class RetryBudget:
             return RetryBudgetStatistics(self._calls, self._retries, self._refused)
 
     def _current_slice(self, now: float) -> list[int]:
-        number = int(now * self._slices_in_window / self.window)
+        number = int(now * self._slices_in_window // self.window)
         slices = self._slices
-        if slices and slices[-1][0] > number:
-            slices.clear()  # the time went back: another event loop with a clock of its own
+        newest = slices[-1][0] if slices else number
+        if number <= newest - self._slices_in_window:
+            slices.clear()  # the time went far back: another event loop with a clock of its own
+        else:  # a little: another thread read the clock after this one, and came first
+            number = max(number, newest)
         while slices and slices[0][0] <= number - self._slices_in_window:
             slices.popleft()
         if not slices or slices[-1][0] != number:
             slices.append([number, 0, 0])
         return slices[-1]
+
+
+def _named(value: object) -> str:
+    """Name a class or a function, in a tuple, too, and show anything else as it is."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_named, value))})"
+    return getattr(value, "__qualname__", None) or repr(value)
 
 
 def _predicate(name: str, condition: Condition) -> Callable[[Exception], bool]:
@@ -893,6 +919,14 @@ def _predicate(name: str, condition: Condition) -> Callable[[Exception], bool]:
     return matches
 
 
+def _leaves(outcome: object) -> Iterator[object]:
+    if isinstance(outcome, ExceptionGroup):
+        for part in outcome.exceptions:
+            yield from _leaves(part)
+    else:
+        yield outcome
+
+
 def _check_backoff(backoff: Iterable[float]) -> None:
     try:
         first = iter(backoff)
@@ -903,19 +937,61 @@ def _check_backoff(backoff: Iterable[float]) -> None:
     if first is backoff:
         raise TypeError(f"backoff must be iterable anew for each call, got {backoff!r}")
     if isinstance(backoff, list | tuple):
-        if not backoff:
-            raise ValueError("backoff must hold at least one wait, got none")
-        for delay in backoff:
-            check_seconds("backoff", delay)
+        for delay in backoff or [_NONE_YET]:
+            _check_wait(delay)
 
 
-def _refuse_coroutine(fn: object, result: CoroutineType[Any, Any, Any]) -> NoReturn:
-    result.close()
-    raise TypeError(f"{fn!r} is no async def but returned a coroutine; use call() for it")
+def _check_wait(delay: float) -> None:
+    if delay is _NONE_YET:
+        raise ValueError("backoff must hold at least one wait, got none")
+    check_seconds("backoff", delay)
 
 
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop in this thread
-        return None
+def _refuse_awaitable(fn: object, result: object) -> None:
+    """Refuse what would fail later, when nobody retries it."""
+    if hasattr(result, "__await__"):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise TypeError(f"{fn!r} is no async def but returned an awaitable; use call() for it")
+
+
+_loop_time = asyncio.BaseEventLoop.time
+
+
+def _clock() -> Callable[[], float]:
+    """Return the clock of the running loop: what it calls itself, if it is asyncio's own."""
+    own = asyncio.get_running_loop().time
+    return time.monotonic if getattr(own, "__func__", None) is _loop_time else own
+
+
+@types.coroutine
+def _one_turn() -> Generator[None, None, None]:
+    """Let the others run, in half the steps that asyncio.sleep(0) takes."""
+    yield
+
+
+def _cancellations(task: asyncio.Task[Any], error: BaseException) -> int:
+    """Return how often others have cancelled ``task``.
+
+    A task group whose child fails while it waits for all of them cancels its own task, to wake it
+    up. Before Python 3.13 it leaves that to be found later; it is taken back here. Such a group is
+    in the traceback of what it has raised: it stands in ``__aexit__``, and was not brought there
+    by a cancellation.
+    """
+    todo, seen = [error], set()
+    while todo and sys.version_info < (3, 13):
+        error = todo.pop()
+        if id(error) in seen or isinstance(error, asyncio.CancelledError):
+            continue  # what came before a cancellation does not explain it
+        seen.add(id(error))
+        todo += getattr(error, "exceptions", ())
+        todo += filter(None, (error.__cause__, error.__context__))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is not asyncio.TaskGroup.__aexit__.__code__:
+                continue
+            group, kind = frame.f_locals["self"], frame.f_locals["et"]
+            woken = group._parent_cancel_requested and kind is not asyncio.CancelledError
+            if woken and group._parent_task is task:
+                group._parent_cancel_requested = False
+                task.uncancel()
+    return task.cancelling()

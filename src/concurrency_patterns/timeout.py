@@ -44,9 +44,14 @@ def deadline(seconds: float) -> FailScope:
     """Fail if a block takes too long.
 
     Use it as ``async with deadline(5):``. The clock starts when the block is entered. When the
-    time is over, the block is cancelled at the point where it waits. A deadline inside another
-    one never ends later than the outer one. A :exc:`TimeoutError` that the block raises itself
-    passes through as it is, and a cancellation from outside wins over the deadline.
+    time is over, the block is cancelled at the point where it waits. A :exc:`TimeoutError` that
+    the block raises itself passes through as it is, and a cancellation from outside wins over the
+    deadline.
+
+    A deadline inside another one never ends later than the outer one: for what is inside, the end
+    of the outer one is a cancellation from outside. It reaches a child task through what waits for
+    it, as each cancellation does: an ``asyncio.TaskGroup``, :func:`asyncio.gather`. A task
+    that nobody waits for, or that is shielded, goes on until its own deadline.
 
     Args:
         seconds: The time for the block; 0 lets it run to the first point where it waits.
@@ -91,7 +96,7 @@ def remaining() -> float | None:
         Seconds until the nearest deadline, 0 if it is over, ``None`` if there is none. In a
         thread started by :func:`asyncio.to_thread` it is the deadline of the caller.
     """
-    scope = _nearest()
+    scope = _nearest_open(_current.get())
     return None if scope is None else scope.remaining()
 
 
@@ -99,7 +104,8 @@ class Scope:
     """A block with a time limit; :func:`deadline` and :func:`move_on_after` make one.
 
     Attributes:
-        seconds: The time that was asked for.
+        seconds: The time that was asked for; in the event loop of a thread no more than what the
+            deadline around has left.
         expired: Whether the block was cut short because its time was over.
     """
 
@@ -127,10 +133,12 @@ class Scope:
         self._task: asyncio.Task[Any] | None = None
 
     def remaining(self) -> float:
-        """Return the seconds that are left for this block, at least 0."""
+        """Return the seconds that are left for this block and those around it, at least 0."""
         if self._loop is None:
             return self.seconds
-        return max(0.0, self._when - self._loop.time())
+        left = max(0.0, self._when - self._loop.time())
+        outer = _nearest_open(self._outer)
+        return left if outer is None else min(left, outer.remaining())
 
     async def __aenter__(self) -> Self:
         self._enter()
@@ -140,7 +148,7 @@ class Scope:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("there is no task here that a deadline could cut short")
-        loop, now = self._begin(_nearest())
+        loop, now = self._begin(_nearest_open(_current.get()))
         self._task = task
         self._cancelling = task.cancelling()
         self._timer: asyncio.Handle | None
@@ -155,11 +163,10 @@ class Scope:
             raise RuntimeError("a scope serves one `async with`; make a new one for each")
         self._loop = loop = asyncio.get_running_loop()
         now = loop.time()
+        if outer is not None and outer._loop is not loop:
+            # We are in a thread, where no cancellation comes from outside. The clocks may differ.
+            self.seconds = min(self.seconds, outer.remaining())
         self._when = now + self.seconds
-        if outer is not None and outer._loop is loop:
-            self._when = min(self._when, outer._when)
-        elif outer is not None:  # another loop, in a thread: its clock may be another one too
-            self._when = now + min(self.seconds, outer.remaining())
         self._outer = outer
         self._open = True
         _current.set(self)
@@ -197,7 +204,7 @@ class FailScope(Scope):
 
     def __init__(self, seconds: float, told: float | None = None) -> None:
         super().__init__(seconds)
-        self._told = seconds if told is None else told
+        self._told = told
 
     async def __aexit__(
         self,
@@ -209,7 +216,8 @@ class FailScope(Scope):
             raise self._exceeded() from error
 
     def _exceeded(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"not done within {self._told:g} s", seconds=self._told)
+        told = self.seconds if self._told is None else self._told
+        return DeadlineExceeded(f"not done within {told:g} s", seconds=told)
 
 
 class MoveOnScope(Scope):
@@ -239,13 +247,12 @@ def without_deadline() -> contextvars.Context:
     return context
 
 
-def _nearest() -> Scope | None:
-    """Return the innermost scope that is still open.
+def _nearest_open(scope: Scope | None) -> Scope | None:
+    """Return ``scope``, or if it has been left, the next one around it that is still open.
 
     A task inherits the scopes in which it was created. Once such a scope has been left, it says
     nothing about a task that goes on.
     """
-    scope = _current.get()
     while scope is not None and not scope._open:
         scope = scope._outer
     if scope is not None:  # forget closed ones, or a chain of tasks would keep them all alive
@@ -258,7 +265,8 @@ class Timeout:
     """Give each call of a function a limited time.
 
     One object may serve any number of calls at the same time. The limit of a call is a
-    :func:`deadline`: everything inside sees it, and it never outlives an outer one.
+    :func:`deadline`: everything inside sees it, and it never outlives an outer one. A call that
+    an outer one ends was cancelled, and has not timed out.
 
     Args:
         seconds: The time for one call.
@@ -294,7 +302,7 @@ class Timeout:
             if not scope._leave(error):
                 raise
             self._timed_out += 1
-            notify(self.on_event, "timeout.timed_out", seconds=self.seconds)
+            notify(self.on_event, "timeout.timed_out", seconds=scope.seconds)
             raise scope._exceeded() from error
         scope._leave(None)
         return result
@@ -330,7 +338,7 @@ class TimeoutStatistics:
 
     Attributes:
         calls: Calls begun.
-        timed_out: Calls cut short because their time was over.
+        timed_out: Calls cut short because their own time was over.
     """
 
     calls: int
