@@ -887,7 +887,8 @@ class _CountTally:
         # Where there are enough calls, or no bad ones, a success cannot raise the rate.
         self.steady = not bad or self._calls >= self._least
         looked_at = min(self._calls, self._window)
-        return looked_at >= self._least and len(bad) >= self._rate * looked_at
+        # Divided, as whoever writes 0.07 means 7 of 100; 0.07 * 100 is a little more than 7.
+        return looked_at >= self._least and len(bad) / looked_at >= self._rate
 
 
 class _TimeTally:
@@ -919,7 +920,7 @@ class _TimeTally:
         sums[-1][2] += failed
         self._calls += 1
         self._bad += failed
-        return self._calls >= self._least and self._bad >= self._rate * self._calls
+        return self._calls >= self._least and self._bad / self._calls >= self._rate
 
 
 class _SlowTally:
