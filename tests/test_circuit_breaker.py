@@ -304,6 +304,51 @@ async def test_cancelled_calls_are_neither_failures_nor_successes() -> None:
     assert breaker.state is OPEN
 
 
+async def disguise() -> None:
+    """Turn a cancellation into an error of one's own, as some clients do."""
+    try:
+        await asyncio.sleep(9)
+    except asyncio.CancelledError:
+        raise ConnectionError("closed") from None
+
+
+async def disguise_in_group() -> None:
+    """Do so in a task of a group."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(disguise())
+
+
+@pytest.mark.parametrize("fn", [disguise, disguise_in_group])
+async def test_a_cancellation_in_disguise_does_not_count(fn: Any) -> None:
+    """T21: what a function makes of its cancellation tells as little as the cancellation."""
+    breaker = CircuitBreaker(failures=1)
+    task = asyncio.create_task(breaker.call(fn))
+    await asyncio.sleep(1)
+    task.cancel()
+    with suppress(ConnectionError, ExceptionGroup):
+        await task
+    assert (breaker.state, breaker.statistics().ignored) == (CLOSED, 1)
+
+
+async def fail_in_group() -> None:
+    """Have a task group whose child fails while the parent waits for it."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(Service(takes=1)())
+        group.create_task(disguise())
+
+
+async def test_a_failed_task_group_counts() -> None:
+    """T21: a group cancels its own tasks when one fails; nobody has cancelled the call."""
+    breaker = CircuitBreaker(failures=3)
+    with pytest.raises(ExceptionGroup):
+        await breaker.call(fail_in_group)
+    with pytest.raises(TimeoutError):  # the group has left its mark on this task before 3.13
+        async with breaker, asyncio.timeout(1):
+            await asyncio.sleep(9)
+    await trip(breaker, 1)
+    assert breaker.state is OPEN
+
+
 async def test_a_timeout_inside_counts_and_one_outside_does_not() -> None:
     """T21: the caller's deadline says nothing about the service, the timeout of a call does."""
     breaker = CircuitBreaker(failures=1)
@@ -572,8 +617,8 @@ def test_a_rate_of_exactly_the_limit_opens(calls: int, data: st.DataObject) -> N
     """If k of n calls fail, a limit of k/n is reached, and one of (k + 1)/n is not."""
     bad = data.draw(st.integers(1, calls))
     for limit, reached in ((bad / calls, True), (min(1.0, (bad + 1) / calls), bad == calls)):
-        for rule in (FailureRate(limit, window=calls), FailureRate(limit, seconds=9, least=calls)):
-            tally = rule.tally()
+        for window in ({"window": calls}, {"seconds": 9, "least": calls}):
+            tally = FailureRate(limit, **window).tally()
             trips = [tally.record(number < bad, 0.0) for number in range(calls)]
             assert trips == [*[False] * (calls - 1), reached]
 

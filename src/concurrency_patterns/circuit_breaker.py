@@ -22,7 +22,14 @@ from functools import wraps
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
-from .errors import CircuitOpen, LocalRejection, check_count, check_positive, notify
+from .errors import (
+    CircuitOpen,
+    LocalRejection,
+    check_count,
+    check_positive,
+    comes_of_cancellation,
+    notify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -218,7 +225,8 @@ class CircuitBreaker:
         self.open_for = open_times[0]  # compose() compares it with the time of a retry
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._on = _exceptions("on", on)
-        self._ignore = _exceptions("ignore", ignore)
+        never = (asyncio.CancelledError, LocalRejection, _Unguarded)
+        self._ignore = (*never, *_exceptions("ignore", ignore))
         self._is_failure = is_failure
         rule = Consecutive(failures) if trip is None else _rule("trip", trip)
         self._circuit = Circuit(rule, open_times, probes, probe_timeout, max_retry_after)
@@ -426,11 +434,13 @@ class CircuitBreaker:
             self._ignore_call(permit)
 
     def _counts(self, error: BaseException) -> bool:
-        if isinstance(error, asyncio.CancelledError | LocalRejection | _Unguarded):
-            return False
         if isinstance(error, BaseExceptionGroup):
             return any(self._counts(leaf) for leaf in error.exceptions)
-        return isinstance(error, self._on) and not isinstance(error, self._ignore)
+        return (
+            isinstance(error, self._on)
+            and not isinstance(error, self._ignore)
+            and not comes_of_cancellation(error)
+        )
 
     def _succeed(self, permit: Permit) -> None:
         if permit.steady:
