@@ -1014,6 +1014,35 @@ async def test_the_server_sets_the_open_time(asked: object, seconds: float) -> N
     assert breaker.statistics().retry_after == pytest.approx(seconds)
 
 
+async def test_the_longest_time_that_a_group_asks_for_counts() -> None:
+    """Of the leaves of a group those are asked that count; what was refused locally is not one."""
+    breaker = CircuitBreaker(failures=1, ignore=KeyError)
+    ignored, refused = KeyError(), RateLimitExceeded(retry_after=99)
+    ignored.retry_after = 88  # type: ignore[attr-defined] -- as some clients do
+    with pytest.raises(ExceptionGroup):
+        async with breaker:
+            raise ExceptionGroup(
+                "", [Busy(7), ExceptionGroup("", [Busy(77), ignored]), refused, ConnectionError()]
+            )
+    assert breaker.statistics().retry_after == pytest.approx(77)
+
+
+async def test_a_retry_after_that_raises_is_none() -> None:
+    """The caller sees the service's own exception, and the circuit is open for its usual time."""
+
+    class Broken(Exception):  # noqa: N818 -- says what happened
+        @property
+        def retry_after(self) -> float:
+            raise RuntimeError("no such header")
+
+    breaker = CircuitBreaker(failures=1)
+    with pytest.raises(Broken):
+        async with breaker:
+            raise Broken
+    assert (breaker.state, breaker.statistics().opened) == (OPEN, 1)
+    assert breaker.statistics().retry_after == pytest.approx(30)
+
+
 async def test_only_the_failure_that_opens_it_sets_the_open_time() -> None:
     """What an earlier failure asked for is over when a later call opens the circuit."""
     breaker = CircuitBreaker(trip=FailureRate(0.5, window=2))
@@ -1302,7 +1331,7 @@ class BreakerMachine(RuleBasedStateMachine):
     def fail(self, which: int, asked: int | None) -> None:
         """End a call badly."""
         ours, other = self.take(which)
-        self.circuit.fail(ours, self.model.now, Busy(asked))
+        self.circuit.fail(ours, self.model.now, Busy(asked), asked)
         self.model.leave(other, True, asked)
 
     @precondition(lambda self: self.calls)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
@@ -180,7 +181,8 @@ class CircuitBreaker:
         trip: A rule that takes the place of ``failures``, such as :class:`FailureRate`.
         max_retry_after: The longest open time in seconds that a failure can ask for. If the
             exception that opens the circuit has an attribute ``retry_after`` (seconds, as in the
-            header of RFC 9110, section 10.2.3), that takes the place of ``open_for``.
+            header of RFC 9110, section 10.2.3), that takes the place of ``open_for``; of a group
+            the longest one.
         shadow: Whether to refuse nobody and only measure what would have been refused.
 
     Attributes:
@@ -428,19 +430,18 @@ class CircuitBreaker:
             self._succeed(permit)
 
     def _raised(self, permit: Permit, error: BaseException) -> None:
-        if self._counts(error):
-            self._fail(permit, error)
+        if failures := self._failures(error):
+            self._fail(permit, error, _time_asked_for(failures))
         else:
             self._ignore_call(permit)
 
-    def _counts(self, error: BaseException) -> bool:
+    def _failures(self, error: BaseException) -> list[BaseException]:
+        """Return what of it counts: itself, or leaves of a group."""
         if isinstance(error, BaseExceptionGroup):
-            return any(self._counts(leaf) for leaf in error.exceptions)
-        return (
-            isinstance(error, self._on)
-            and not isinstance(error, self._ignore)
-            and not comes_of_cancellation(error)
-        )
+            return [leaf for part in error.exceptions for leaf in self._failures(part)]
+        if not isinstance(error, self._on) or isinstance(error, self._ignore):
+            return []
+        return [] if comes_of_cancellation(error) else [error]
 
     def _succeed(self, permit: Permit) -> None:
         if permit.steady:
@@ -452,10 +453,12 @@ class CircuitBreaker:
                 self._late += 1
         self._report()
 
-    def _fail(self, permit: Permit, error: BaseException | None) -> None:
+    def _fail(
+        self, permit: Permit, error: BaseException | None, asked: float | None = None
+    ) -> None:
         with self._lock:
             self._failed += 1
-            if not self._circuit.fail(permit, _now(), error):
+            if not self._circuit.fail(permit, _now(), error, asked):
                 self._late += 1
         self._report()
 
@@ -542,10 +545,10 @@ class Circuit:
         self._out: set[Permit] = set()
         self._begin(CircuitState.CLOSED, 0.0)
 
-    def _move(self, event: CircuitEvent, now: float, error: BaseException | None = None) -> None:
+    def _move(self, event: CircuitEvent, now: float, asked: float | None = None) -> None:
         before, state = self.state, TRANSITIONS[self.state, event]
         failures = self.failed
-        self._begin(state, now, error)
+        self._begin(state, now, asked)
         if event is CircuitEvent.ISOLATED:
             self.until, self.refusal = math.inf, REFUSALS[event]
         if state is before:
@@ -560,7 +563,7 @@ class Circuit:
         else:
             self.happened.append(("circuit_breaker.closed", {"reason": event.value}))
 
-    def _begin(self, state: CircuitState, now: float, error: BaseException | None = None) -> None:
+    def _begin(self, state: CircuitState, now: float, asked: float | None = None) -> None:
         if self.everyone is not None:
             self.everyone.steady = False
             self._past_successes += self.everyone.successes
@@ -579,14 +582,13 @@ class Circuit:
                 self.everyone = Permit(self.era)
                 self.everyone.steady = self.tally.steady
         elif state is CircuitState.OPEN:
-            self._open_seconds = self._open_time(error)
+            self._open_seconds = self._open_time(asked)
             self.until = now + self._open_seconds
 
-    def _open_time(self, error: BaseException | None) -> float:
+    def _open_time(self, asked: float | None) -> float:
         times, number = self.open_times, self._times_open
         self._times_open += 1
-        asked = getattr(error, "retry_after", None)
-        if isinstance(asked, int | float) and asked > 0:  # NaN is not
+        if asked is not None:
             return min(asked, self.max_retry_after)
         return times[min(number, len(times) - 1)]
 
@@ -666,16 +668,25 @@ class Circuit:
             self._move(CircuitEvent.RECOVERED, now)
         return True
 
-    def fail(self, permit: Permit, now: float, error: BaseException | None) -> bool:
-        """Take note of a failure, and tell whether it came in time to matter."""
+    def fail(
+        self,
+        permit: Permit,
+        now: float,
+        error: BaseException | None,
+        asked: float | None = None,
+    ) -> bool:
+        """Take note of a failure, and tell whether it came in time to matter.
+
+        If it opens the circuit, that stays open for the seconds that were asked for.
+        """
         if not self._matters(permit):
             return False
         self.last_failure = error
         self.failed += 1
         if self.state is CircuitState.CLOSED:
-            self._record(permit, True, now, error)
+            self._record(permit, True, now, asked)
         else:
-            self._move(CircuitEvent.PROBE_FAILED, now, error)
+            self._move(CircuitEvent.PROBE_FAILED, now, asked)
         return True
 
     def _matters(self, permit: Permit) -> bool:
@@ -683,15 +694,13 @@ class Circuit:
             return permit.era == self.era
         return permit in self._out
 
-    def _record(
-        self, permit: Permit, failed: bool, now: float, error: BaseException | None = None
-    ) -> None:
+    def _record(self, permit: Permit, failed: bool, now: float, asked: float | None = None) -> None:
         settled, self._settled = self._settled, permit.successes
         if permit.successes > settled:
             self.tally.settle(permit.successes - settled)
         trips = self.tally.record(failed, now, max(0.0, now - permit.began))
         if trips:
-            self._move(CircuitEvent.TRIPPED, now, error)
+            self._move(CircuitEvent.TRIPPED, now, asked)
         elif self.everyone is not None:
             self.everyone.steady = self.tally.steady
 
@@ -1140,6 +1149,17 @@ def _now() -> float:
     loop = asyncio._get_running_loop()  # one of the names that asyncio.events exports
     # What a real loop's clock shows is this, too.
     return time.monotonic() if loop is None else loop.time()
+
+
+def _time_asked_for(failures: list[BaseException]) -> float | None:
+    """Return the longest ``retry_after`` of several exceptions."""
+    times = []
+    for failure in failures:
+        with suppress(Exception):  # it may be a property, and raise
+            asked = getattr(failure, "retry_after", None)
+            if isinstance(asked, int | float) and asked > 0:  # NaN is not
+                times.append(asked)
+    return max(times, default=None)
 
 
 def _refuse_awaitable(fn: object, result: object) -> None:
