@@ -658,6 +658,7 @@ def test_failure_rate_waits_for_enough_calls_and_forgets_old_ones() -> None:
         ({"open_for": (5, 0)}, ValueError, "open_for must be above 0, got 0"),
         ({"open_for": "30"}, TypeError, "open_for must be a number, got '3'"),
         ({"max_retry_after": 0}, ValueError, "max_retry_after must be above 0"),
+        ({"shadow": "no"}, TypeError, "shadow must be a bool, got 'no'"),
     ],
 )
 def test_bad_arguments_are_refused_when_made(
@@ -1199,6 +1200,14 @@ def test_a_bad_registry_is_refused(options: dict[str, Any], error: type[Exceptio
     """The bounds are above zero, and the breakers are made by a function."""
     with pytest.raises(error, match=next(iter(options))):
         CircuitBreakers(**{"make": lambda _: CircuitBreaker(), **options})
+
+
+def test_a_registry_takes_breakers_only() -> None:
+    """What ``make`` returns is looked at when it is made, and not kept if it is no breaker."""
+    breakers: CircuitBreakers[str] = CircuitBreakers(lambda _: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match="make must return a CircuitBreaker, got None"):
+        breakers["a"]
+    assert len(breakers) == 0
 
 
 def test_many_threads_lose_no_call() -> None:

@@ -223,6 +223,8 @@ class CircuitBreaker:
         check_positive("max_retry_after", max_retry_after)
         if is_failure is not None and not callable(is_failure):
             raise TypeError(f"is_failure must be callable, got {is_failure!r}")
+        if not isinstance(shadow, bool):
+            raise TypeError(f"shadow must be a bool, got {shadow!r}")
         self.shadow = shadow
         self.open_for = open_times[0]  # compose() compares it with the time of a retry
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
@@ -1070,6 +1072,8 @@ class CircuitBreakers(Generic[K]):
             if entry is not None:
                 return self._use(key, entry[0])
         new = self._make(key)  # without the lock: who knows what it does
+        if not isinstance(new, CircuitBreaker):
+            raise TypeError(f"make must return a CircuitBreaker, got {new!r}")
         gone: list[tuple[K, CircuitState]] = []
         with self._lock:
             entry = self._breakers.get(key)
