@@ -1159,6 +1159,41 @@ async def test_when_all_are_open_the_oldest_goes_and_that_is_told(
     assert "the open circuit breaker of 'a' was dropped" in caplog.text
 
 
+async def test_a_storm_of_open_keys_is_logged_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each dropped breaker is told to the listener and counted, but few lines are written."""
+    breakers, heard = CircuitBreakers(lambda _: CircuitBreaker(failures=1), most=1), []
+    breakers.on_event = lambda kind, _: heard.append(kind)
+    for key in range(121):
+        await trip(breakers[key], 1)
+        await asyncio.sleep(1)
+    assert len(heard) == breakers.statistics().evicted_open == 120
+    assert [record.args for record in caplog.records] == [(0, 1, 60), (60, 61, 60)]
+
+
+async def test_a_new_key_looks_at_a_hundred_old_ones_at_most() -> None:
+    """However many are open, a new key takes no longer, and the closed one is found in the end."""
+    looked_at: set[int] = set()
+
+    class Watched(CircuitBreaker):
+        @property
+        def state(self) -> CircuitState:
+            looked_at.add(id(self))
+            return super().state
+
+    breakers = CircuitBreakers(lambda _: Watched(failures=1), most=1000)
+    for key in range(999):
+        await trip(breakers[key], 1)
+    assert breakers["closed"].state is CLOSED
+    for key in range(20):
+        looked_at.clear()
+        await trip(breakers[-1 - key], 1)
+        assert len(looked_at) <= 100 + 2  # that of ``trip`` and that of the key that goes
+    assert "closed" not in breakers
+    assert breakers.statistics().evicted_open == 19
+
+
 async def test_unused_keys_go_but_not_while_they_are_open() -> None:
     """After its idle time a closed or half-open breaker goes as soon as another is made."""
     breakers = CircuitBreakers(lambda _: CircuitBreaker(failures=1, open_for=100), idle=60)

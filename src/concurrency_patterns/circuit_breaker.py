@@ -64,6 +64,10 @@ K = TypeVar("K", bound=Hashable)
 EARLY = max(1e-6, time.get_clock_info("monotonic").resolution)
 # How many open times are taken from an iterable, which may be endless; the last one stays.
 LONGEST = 100
+# How many keys are looked at to find one that may go: a new key must not take longer with many.
+LOOKED_AT = 100
+# Seconds between two warnings that an open breaker was dropped.
+SILENCE = 60
 # How many calls a rate looks at, unless told otherwise.
 WINDOW = 20
 
@@ -1030,8 +1034,9 @@ class CircuitBreakers(Generic[K]):
     With one breaker for all hosts, one that is down closes the way to the others. Here
     ``breakers[key]`` makes one when it is first asked for. When there are too many, the one that
     was used the longest ago goes; a closed one first, since it forgets no more than a few failures.
-    If all are open, the oldest of those goes, which is logged and counted. One that nobody has used
-    for ``idle`` seconds goes, too, but not while it is open.
+    If the hundred used longest ago are all open, the oldest of those goes, which is counted, and
+    logged once a minute. One that nobody has used for ``idle`` seconds goes, too, but not while it
+    is open.
 
     Calls under way keep the breaker that let them through. It may be shared by threads.
 
@@ -1064,6 +1069,7 @@ class CircuitBreakers(Generic[K]):
         # Those used last are at the end, each with the time of that.
         self._breakers: OrderedDict[K, tuple[CircuitBreaker, float]] = OrderedDict()
         self._evicted = self._evicted_open = 0
+        self._silent_until = -math.inf
 
     def __getitem__(self, key: K) -> CircuitBreaker:
         """Return the breaker of ``key``; make it if there is none."""
@@ -1111,30 +1117,41 @@ class CircuitBreakers(Generic[K]):
         )
 
     def _make_room(self, now: float) -> list[tuple[K, CircuitState]]:
-        gone = [key for key in self._unused(now) if self._state(key) is not CircuitState.OPEN]
-        if len(self._breakers) - len(gone) >= self._most:
-            closed = (key for key in self._breakers if self._state(key) is CircuitState.CLOSED)
-            gone.append(next(closed, next(iter(self._breakers))))
-        return [(key, self._drop(key)) for key in gone]
+        gone, passed = [], []
+        for key, (breaker, used) in [*islice(self._breakers.items(), LOOKED_AT)]:
+            full = len(self._breakers) >= self._most
+            idle = not 0 <= now - used < self._idle
+            if not full and not idle:
+                break
+            state = breaker.state
+            if state is CircuitState.CLOSED or (idle and state is not CircuitState.OPEN):
+                gone.append(self._drop(key, state))
+            else:
+                passed.append(key)
+        if len(self._breakers) >= self._most:
+            oldest = passed.pop(0)
+            gone.append(self._drop(oldest, self._breakers[oldest][0].state))
+        if len(passed) >= LOOKED_AT - 1:
+            for key in passed:  # so that others are looked at the next time
+                self._breakers.move_to_end(key)
+        return gone
 
-    def _unused(self, now: float) -> Iterable[K]:
-        for key, (_, used) in self._breakers.items():
-            if 0 <= now - used < self._idle:
-                return
-            yield key
-
-    def _state(self, key: K) -> CircuitState:
-        return self._breakers[key][0].state
-
-    def _drop(self, key: K) -> CircuitState:
-        state = self._breakers.pop(key)[0].state
+    def _drop(self, key: K, state: CircuitState) -> tuple[K, CircuitState]:
+        del self._breakers[key]
         self._evicted += 1
         self._evicted_open += state is not CircuitState.CLOSED
-        return state
+        return key, state
 
     def _tell(self, key: K, state: CircuitState) -> None:
-        if state is CircuitState.OPEN:
-            _log.warning("the open circuit breaker of %r was dropped: too many keys", key)
+        if state is CircuitState.OPEN and (now := _now()) >= self._silent_until:
+            self._silent_until = now + SILENCE
+            _log.warning(
+                "the open circuit breaker of %r was dropped: too many keys; %d so far, and more of "
+                "them are not logged for %g s",
+                key,
+                self._evicted_open,
+                SILENCE,
+            )
         if self.on_event is not None:
             notify(self.on_event, "circuit_breaker.evicted", key=key, state=state.value)
 
