@@ -353,6 +353,42 @@ async def test_standard_serves_an_unreliable_service() -> None:
     assert (hanging.called, loop.time()) == (before, start)
 
 
+async def test_standard_does_not_wait_for_an_open_circuit() -> None:
+    """T31: whatever ``on`` says, a refused call is over at once, also shortly before a probe."""
+    loop = asyncio.get_running_loop()
+    for pipeline, later in ((standard(on=Exception), 21), (standard(on=Exception, deadline=60), 0)):
+        breaker = next(policy for policy in pipeline.policies if isinstance(policy, CircuitBreaker))
+        for _ in range(5):
+            with pytest.raises(ConnectionError):
+                await breaker.call(Service(failures=1))
+        await asyncio.sleep(later)
+        start = loop.time()
+        with pytest.raises(CircuitOpen):
+            await pipeline.call(Service())
+        assert loop.time() == start
+
+
+async def test_standard_takes_a_hanging_service_for_a_failing_one() -> None:
+    """Its own timeout is retried, counted and answered, though ``on`` does not name it."""
+    pipeline = standard(constant("cached"), on=ConnectionError, timeout=1)
+    breaker = next(policy for policy in pipeline.policies if isinstance(policy, CircuitBreaker))
+    hanging = Service(takes=60)
+    assert await pipeline.call(hanging) == "cached"
+    assert hanging.called == 3
+    assert await pipeline.call(hanging) == "cached"
+    assert breaker.state is CircuitState.OPEN
+
+
+async def test_standard_retries_no_outage() -> None:
+    """T27: beyond a few retries its budget allows one for five calls, not two for each."""
+    pipeline, down = standard(open_for=0.001), Service(failures=10_000)
+    for _ in range(200):
+        with pytest.raises((ConnectionError, CircuitOpen)):
+            await pipeline.call(down)
+        await asyncio.sleep(0.002)
+    assert down.called < 300
+
+
 async def test_standard_lets_bugs_through() -> None:
     """What ``on`` does not name is not retried, opens no circuit, and is not answered."""
     pipeline = standard(constant("cached"))
@@ -381,6 +417,7 @@ async def test_standard_bounds_the_queue() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"on": ()}, "on must name at least one exception type"),
         ({"timeout": 0}, "timeout must be above 0, got 0"),
         ({"deadline": 1, "timeout": 2}, r"deadline must be at least timeout \(2\), got 1"),
         ({"attempts": 0}, "attempts must be at least 1, got 0"),

@@ -88,8 +88,9 @@ def standard(
     Args:
         *alternatives: Who is asked when all else has failed, as in
             :class:`~concurrency_patterns.fallback.Fallback`; nobody means no fallback.
-        on: The exceptions that are failures of the service. They are retried, counted by the
-            circuit breaker, and answered by the alternatives; all others pass through at once.
+        on: The exceptions that are failures of the service, beside :exc:`TimeoutError`. They are
+            retried, counted by the circuit breaker, and answered by the alternatives; all others
+            pass through at once. What a policy refuses by itself is not retried.
         timeout: The time for one attempt, in seconds.
         deadline: The time for a call with all its attempts and waits, in seconds.
         attempts: How many attempts a call has at most.
@@ -103,7 +104,8 @@ def standard(
         A policy; its ``policies`` are those named above.
 
     Raises:
-        ValueError: If a number is out of its range, or the deadline leaves no time for one attempt.
+        ValueError: If a number is out of its range, the deadline leaves no time for one attempt, or
+            ``on`` is empty.
 
     The order is that of Polly's standard resilience pipeline, but the slot comes before the token.
     """
@@ -111,14 +113,22 @@ def standard(
     check_positive("deadline", deadline)
     if deadline < timeout:
         raise ValueError(f"deadline must be at least timeout ({timeout!r}), got {deadline!r}")
-    kinds = on if isinstance(on, tuple) else (on,)
+    if on == ():
+        raise ValueError(f"on must name at least one exception type, got {on!r}")
+    failures = (*(on if isinstance(on, tuple) else (on,)), TimeoutError)
     policies: list[Policy] = []
     if alternatives:
-        policies.append(Fallback(*alternatives, on=(*kinds, TimeoutError, LocalRejection)))
+        policies.append(Fallback(*alternatives, on=(*failures, LocalRejection)))
     policies += [
         Timeout(deadline),
-        Retry(on=kinds, attempts=attempts, backoff=FullJitter(), budget=RetryBudget()),
-        CircuitBreaker(on=kinds, open_for=open_for),
+        Retry(
+            on=failures,
+            never=LocalRejection,
+            attempts=attempts,
+            backoff=FullJitter(),
+            budget=RetryBudget(),
+        ),
+        CircuitBreaker(on=failures, open_for=open_for),
         ConcurrencyLimiter(concurrency, max_queue=5 * concurrency),
     ]
     if rate is not None:
