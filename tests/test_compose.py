@@ -199,6 +199,70 @@ async def test_token_first_then_slot_breaks_the_rate_after_a_stall() -> None:
     assert await most_starts_in_a_second(pipeline) > 20
 
 
+async def tokens_paid(*policies: Any) -> float:
+    """Return how many tokens a call with three attempts has taken."""
+    bucket = TokenBucket(rate=0.001, capacity=9)
+    pipeline = compose(*(bucket if policy is TokenBucket else policy for policy in policies))
+    with pytest.raises(ConnectionError):
+        await pipeline.call(Service(failures=9))
+    return round(9 - bucket.statistics().tokens)
+
+
+async def test_each_attempt_pays_a_token() -> None:
+    """T32: with the retry outside each attempt pays; inside, retries are free of any limit."""
+    assert await tokens_paid(retry(), TokenBucket) == 3
+    with pytest.warns(OrderWarning, match="put the retry outside of the token bucket"):
+        assert await tokens_paid(TokenBucket, retry()) == 1
+
+
+async def test_a_retry_inside_a_limiter_keeps_its_slot_while_it_waits() -> None:
+    """The warning is right: while one call waits for its next attempt, nobody else gets in."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def second_is_served_after(pipeline: Composition) -> float:
+        start = loop.time()
+        failing = asyncio.create_task(pipeline.call(Service(failures=9)))
+        await asyncio.sleep(0)
+        await pipeline.call(Service())
+        seconds = loop.time() - start
+        await asyncio.wait([failing])
+        return seconds
+
+    assert await second_is_served_after(compose(retry(), ConcurrencyLimiter(1))) == 0
+    with pytest.warns(OrderWarning, match="put the retry outside of the concurrency limiter"):
+        pipeline = compose(ConcurrencyLimiter(1), retry())
+    assert await second_is_served_after(pipeline) == 1
+    assert loop.time() - start == 2
+
+
+async def test_the_same_limiter_twice_can_wait_for_itself() -> None:
+    """The warning is right: calls that hold one slot each wait for each other's for ever."""
+    limiter = ConcurrencyLimiter(2)
+    with pytest.warns(OrderWarning, match="the same ConcurrencyLimiter twice"):
+        pipeline = compose(limiter, limiter)
+    assert await pipeline.call(Service()) == ()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3600):
+            await asyncio.gather(*(pipeline.call(Service(takes=1)) for _ in range(3)))
+
+
+async def test_the_same_breaker_twice_never_closes_again() -> None:
+    """The warning is right: each probe takes the place that it needs further in."""
+    breaker = CircuitBreaker(failures=1)
+    with pytest.warns(OrderWarning, match="the same CircuitBreaker twice"):
+        pipeline = compose(breaker, breaker)
+    with pytest.raises(ConnectionError):
+        await pipeline.call(Service(failures=1))
+    await asyncio.sleep(30)
+    for _ in range(9):
+        await asyncio.gather(pipeline.call(Service()), return_exceptions=True)
+    assert breaker.state is CircuitState.HALF_OPEN
+
+
+TWICE = (ConcurrencyLimiter(1), CircuitBreaker())
+
+
 @pytest.mark.parametrize(
     ("policies", "cure"),
     [
@@ -211,6 +275,10 @@ async def test_token_first_then_slot_breaks_the_rate_after_a_stall() -> None:
         ((CircuitBreaker(), StaleCache(1, 1)), "put the cache outside of the circuit"),
         ((Hedge(delay=1), retry()), "put the retry outside of the hedge"),
         ((TokenBucket(1, 1), ConcurrencyLimiter(1)), "put the concurrency limiter outside"),
+        ((TokenBucket(1, 1), retry()), "put the retry outside of the token bucket"),
+        ((ConcurrencyLimiter(1), retry()), "put the retry outside of the concurrency limiter"),
+        ((TWICE[0], compose(Timeout(1), TWICE[0])), "same ConcurrencyLimiter twice: .* keep one"),
+        ((TWICE[1], Timeout(1), TWICE[1]), "same CircuitBreaker twice: .* keep one"),
     ],
 )
 def test_a_harmful_order_is_warned_of_with_its_cure(policies: Any, cure: str) -> None:

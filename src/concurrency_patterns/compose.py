@@ -63,8 +63,9 @@ def compose(*policies: Policy) -> Composition:
         TypeError: If one of them has no ``async def call(fn, ...)``.
     """
     composition = Composition(policies)
-    for message in [*_bad_orders(composition.policies), *_waits_out(composition.policies)]:
-        warnings.warn(message, OrderWarning, stacklevel=2)
+    for find in (_bad_orders, _twice, _waits_out):
+        for message in find(composition.policies):
+            warnings.warn(message, OrderWarning, stacklevel=2)
     return composition
 
 
@@ -265,6 +266,20 @@ _BAD_ORDERS = [
         "at once, faster than the rate",
         "put the concurrency limiter outside of the token bucket",
     ),
+    _BadOrder(
+        "TokenBucket",
+        "Retry",
+        "only the first attempt takes a token, so that a service in trouble gets more calls than "
+        "the rate",
+        "put the retry outside of the token bucket",
+    ),
+    _BadOrder(
+        "ConcurrencyLimiter",
+        "Retry",
+        "a call keeps its slot while it waits for its next attempt, so that a few that fail keep "
+        "all others out",
+        "put the retry outside of the concurrency limiter",
+    ),
 ]
 
 
@@ -276,6 +291,17 @@ def _bad_orders(policies: tuple[Policy, ...]) -> list[str]:
         if outer and inner and outer[0] < inner[-1]:
             found.append(f"{bad.inner} inside {bad.outer}: {bad.harm}; {bad.cure}")
     return found
+
+
+def _twice(policies: tuple[Policy, ...]) -> list[str]:
+    """Find what lets a call in a limited number of times, and is passed twice by each."""
+    limited = [p for p in policies if _is_a(p, "ConcurrencyLimiter") or _is_a(p, "CircuitBreaker")]
+    return [
+        f"the same {type(policy).__name__} twice: each call enters it twice, so that it can stand "
+        "in its own way for ever; keep one of them"
+        for number, policy in enumerate(limited)
+        if policy in limited[:number]
+    ]
 
 
 def _waits_out(policies: tuple[Policy, ...]) -> list[str]:
