@@ -1121,6 +1121,18 @@ async def test_a_listener_hears_of_each_change_and_refusal() -> None:
     assert heard[6][1]["seconds"] is None
 
 
+async def test_isolating_an_open_circuit_is_told_once() -> None:
+    """Whoever watches sees that the circuit will not close by itself any more, and since when."""
+    breaker, heard = CircuitBreaker(), []
+    await trip(breaker)
+    breaker.on_event = lambda kind, data: heard.append((kind, data["reason"]))
+    for _ in range(2):
+        breaker.isolate()
+        assert breaker.statistics().opened == 1
+    breaker.reset()
+    assert heard == [("circuit_breaker.opened", "isolated"), ("circuit_breaker.closed", "reset")]
+
+
 async def test_each_key_has_a_breaker_of_its_own() -> None:
     """One host that is down does not close the way to the others."""
     breakers = CircuitBreakers(lambda host: CircuitBreaker(failures=len(host)))

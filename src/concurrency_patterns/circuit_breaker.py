@@ -552,15 +552,15 @@ class Circuit:
         self._begin(CircuitState.CLOSED, 0.0)
 
     def _move(self, event: CircuitEvent, now: float, asked: float | None = None) -> None:
-        before, state = self.state, TRANSITIONS[self.state, event]
-        failures = self.failed
+        before, isolated, failures = self.state, self.isolated, self.failed
+        state = TRANSITIONS[before, event]
         self._begin(state, now, asked)
         if event is CircuitEvent.ISOLATED:
             self.until, self.refusal = math.inf, REFUSALS[event]
-        if state is before:
+        if state is before and isolated is self.isolated:
             return
         if state is CircuitState.OPEN:
-            self.opened += 1
+            self.opened += before is not state
             seconds = None if self.isolated else self._open_seconds
             data = {"reason": event.value, "failures": failures, "seconds": seconds}
             self.happened.append(("circuit_breaker.opened", data))
