@@ -565,15 +565,18 @@ def test_no_cancellation_loses_a_slot_or_a_place() -> None:
     breakers: list[CircuitBreaker] = []
 
     def make() -> Composition:
-        breakers.append(CircuitBreaker(failures=1, open_for=1, probes=1))
+        breakers.append(CircuitBreaker(failures=1, open_for=1, probes=2, probe_timeout=3600))
         return compose(Timeout(60), retry(), breakers[-1], limiter, TokenBucket(10, 1), Timeout(5))
 
     async def scenario(pipeline: Composition) -> None:
+        await asyncio.gather(breakers[-1].call(Service(failures=1)), return_exceptions=True)
+        await asyncio.sleep(1)  # half-open: both calls are probes
         async with asyncio.TaskGroup() as group:
             for _ in range(2):
                 group.create_task(pipeline.call(Service(takes=1)))
 
     async def is_whole(pipeline: Composition) -> bool:
+        await asyncio.sleep(1)
         await pipeline.call(Service())
         return limiter.statistics().in_use == 0 and breakers[-1].statistics().probes_out == 0
 
