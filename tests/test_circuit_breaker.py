@@ -48,7 +48,7 @@ from concurrency_patterns.retry import Exponential
 from concurrency_patterns.testing import explore_cancellation, run_virtual
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 
@@ -734,6 +734,46 @@ def test_threads_are_not_held_up_by_each_other() -> None:
     for thread in threads:
         thread.join()
     assert breaker.statistics().succeeded == 4
+
+
+def test_threads_change_the_state_one_at_a_time() -> None:
+    """T19: no two threads are ever inside the state machine, which is not made for that."""
+    breaker = CircuitBreaker(trip=FailureRate(1, window=3), open_for=0.001)
+    inside, overlaps, seen = 0, 0, set()
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal inside, overlaps
+            seen.add(name)
+            overlaps += inside
+            inside += 1
+            time.sleep(0.0002)  # others get their turn here
+            result = method(*args)
+            inside -= 1
+            return result
+
+        return call
+
+    changes = ("admit", "succeed", "fail", "give_back", "isolate", "reset")
+    for name in changes:
+        setattr(breaker._circuit, name, watched(name, getattr(breaker._circuit, name)))
+
+    def use() -> None:
+        for number in range(40):
+            with suppress(ConnectionError, LocalRejection), breaker:
+                if number % 4:
+                    raise RateLimitExceeded if number % 4 == 1 else ConnectionError
+            if number % 10 == 9:
+                breaker.isolate()
+                breaker.reset()
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert overlaps == 0
+    assert seen == set(changes)
 
 
 def test_of_many_threads_exactly_the_probes_get_through() -> None:
