@@ -512,6 +512,15 @@ def test_describes_itself() -> None:
     assert repr(pipeline) == f"compose({', '.join(pipeline.describe())})"
 
 
+def test_describes_every_policy_by_its_name() -> None:
+    """Each line begins with the class, so that a reader sees the order in any log."""
+    pipeline = standard(constant(0), rate=10)
+    assert [line.partition("(")[0] for line in pipeline.describe()] == [
+        type(policy).__name__ for policy in pipeline.policies
+    ]
+    assert "at 0x" not in repr(pipeline)
+
+
 async def test_statistics_come_from_each_policy() -> None:
     """The statistics stand in the order of the policies."""
     breaker = CircuitBreaker()
