@@ -580,6 +580,49 @@ async def test_blocks_may_end_in_any_order() -> None:
     assert (one.statistics().succeeded, one.statistics().late) == (1, 1)
 
 
+async def test_a_task_begun_in_a_block_does_not_end_it() -> None:
+    """T19: it inherits the context, but its own blocks only are its own to end."""
+    breaker = CircuitBreaker(failures=1)
+
+    async def child() -> None:
+        async with breaker:
+            await asyncio.sleep(2)
+
+    async with breaker:
+        task = asyncio.create_task(child())
+        await asyncio.sleep(1)
+        breaker.reset()  # a new era: the parent's and the child's blocks are late
+        async with breaker:
+            pass
+        await task
+    assert (breaker.statistics().succeeded, breaker.statistics().late) == (3, 2)
+
+
+async def test_a_probe_that_ends_in_another_task_keeps_its_place_for_its_time() -> None:
+    """T20: the block that ends is not the one that began, so the place comes back by time only."""
+    breaker = CircuitBreaker(probes=1, probe_timeout=10)
+    await half_open(breaker)
+    await asyncio.create_task(breaker.__aenter__())
+    await asyncio.create_task(breaker.__aexit__(None, None, None))
+    assert (breaker.statistics().probes_out, breaker.statistics().late) == (1, 1)
+    await asyncio.sleep(10)
+    await breaker.call(Service(works=True))
+    assert breaker.state is CLOSED
+
+
+async def test_blocks_in_callbacks_of_the_loop_are_no_tasks() -> None:
+    """Where there is no task, a plain block belongs to the thread."""
+    breaker, done = CircuitBreaker(), asyncio.Event()
+
+    def callback() -> None:
+        with breaker, breaker:
+            done.set()
+
+    asyncio.get_running_loop().call_soon(callback)
+    await done.wait()
+    assert breaker.statistics().succeeded == 2
+
+
 async def test_isolated_by_hand_it_stays_open_until_reset() -> None:
     """``isolate`` refuses all calls for any time, ``reset`` lets them through again."""
     breaker, service = CircuitBreaker(), Service(works=True)

@@ -14,6 +14,7 @@ import logging
 import math
 import threading
 import time
+from asyncio import current_task
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from .errors import (
     CircuitOpen,
@@ -166,7 +167,9 @@ class CircuitBreaker:
     :class:`~concurrency_patterns.errors.LocalRejection` never count, whatever ``on`` says.
 
     Use it as ``await breaker.call(fn, ...)``, ``@breaker`` on ``async def`` and ``def``,
-    ``async with breaker`` or ``with breaker``. It may be shared by tasks, threads and event loops.
+    ``async with breaker`` or ``with breaker``. A block ends in the task or thread in which it
+    began; the end of one elsewhere means nothing, and a probe that ends so has its place until
+    ``probe_timeout``. The breaker may be shared by tasks, threads and event loops.
     Time is the event loop's, and :func:`time.monotonic` outside of one.
 
     Args:
@@ -322,7 +325,7 @@ class CircuitBreaker:
 
     def __enter__(self) -> None:
         permit = self._circuit.everyone or self._enter()
-        _entered.set((self, permit, _entered.get()))
+        _own_blocks().append(permit)
 
     def __exit__(
         self,
@@ -330,15 +333,14 @@ class CircuitBreaker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        permit = self._leave()
-        if error is None:
-            self._succeed(permit)
-        else:
-            self._raised(permit, error)
+        self._end(self._leave(), error)
 
     async def __aenter__(self) -> None:
         permit = self._circuit.everyone or self._enter()
-        _entered.set((self, permit, _entered.get()))
+        blocks = _blocks.get()
+        if blocks[0] is not current_task():
+            blocks = _own_blocks()
+        blocks.append(permit)
 
     async def __aexit__(
         self,
@@ -346,11 +348,12 @@ class CircuitBreaker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        permit = self._leave()
-        if error is None:
-            self._succeed(permit)
+        blocks = _blocks.get()
+        permit = blocks.pop() if blocks[-1] is self._circuit.everyone else self._leave()
+        if permit.steady and error is None:
+            permit.successes += 1
         else:
-            self._raised(permit, error)
+            self._end(permit, error)
 
     @property
     def state(self) -> CircuitState:
@@ -404,22 +407,23 @@ class CircuitBreaker:
         if self.on_event is not None:
             notify(self.on_event, "circuit_breaker.rejected", retry_after=retry_after)
         if self.shadow and not circuit.isolated:
-            return Permit()  # of no era: what it reports changes nothing
+            return Permit(circuit)  # of no era: what it reports changes nothing
         raise CircuitOpen(circuit.refusal, retry_after=retry_after) from circuit.last_failure
 
     def _leave(self) -> Permit:
-        # The newest of our entries: blocks of one task end in the reverse order of their beginning.
-        block, above = _entered.get(), []
-        while block is not None and block[0] is not self:
-            above.append(block)
-            block = block[2]
-        if block is None:
-            return Permit()  # left in another context than entered: too late to matter
-        below = block[2]
-        for breaker, permit, _ in reversed(above):
-            below = (breaker, permit, below)
-        _entered.set(below)
-        return block[1]
+        # The newest of our permits: blocks of one task end in the reverse order of their beginning.
+        blocks = _blocks.get()
+        for number in range(len(blocks) - 1, 0, -1):
+            if blocks[number].circuit is self._circuit:
+                left: Permit = blocks.pop(number)
+                return left
+        return Permit(self._circuit)  # left where it was not entered: too late to matter
+
+    def _end(self, permit: Permit, error: BaseException | None) -> None:
+        if error is None:
+            self._succeed(permit)
+        else:
+            self._raised(permit, error)
 
     def _returned(self, permit: Permit, result: object) -> None:
         if self._is_failure is None:
@@ -489,6 +493,7 @@ class Permit:
     """The right to make a call, given in one era of a :class:`Circuit` and worth nothing later.
 
     Args:
+        circuit: The circuit that gave it.
         era: The era in which it was given; 0 is none.
         began: When the call began.
         expires: When a probe loses its place.
@@ -498,9 +503,12 @@ class Permit:
         successes: How many were.
     """
 
-    __slots__ = ("began", "era", "expires", "steady", "successes")
+    __slots__ = ("began", "circuit", "era", "expires", "steady", "successes")
 
-    def __init__(self, era: int = 0, began: float = 0.0, expires: float = math.inf) -> None:
+    def __init__(
+        self, circuit: Circuit, era: int = 0, began: float = 0.0, expires: float = math.inf
+    ) -> None:
+        self.circuit = circuit
         self.era = era
         self.began = began
         self.expires = expires
@@ -585,7 +593,7 @@ class Circuit:
             self.last_failure: BaseException | None = None
             self._times_open = 0
             if not self.tally.timed:
-                self.everyone = Permit(self.era)
+                self.everyone = Permit(self, self.era)
                 self.everyone.steady = self.tally.steady
         elif state is CircuitState.OPEN:
             self._open_seconds = self._open_time(asked)
@@ -634,7 +642,7 @@ class Circuit:
         if self.state_at(now) is not self.state:
             self._move(CircuitEvent.WAITED, now)
         if self.state is CircuitState.CLOSED:
-            return self.everyone or Permit(self.era, now)
+            return self.everyone or Permit(self, self.era, now)
         if self.state is CircuitState.HALF_OPEN:
             return self._admit_probe(now)
         return None
@@ -651,7 +659,7 @@ class Circuit:
             self._out = {permit for permit in self._out if now < permit.expires - EARLY}
         if self._is_full():
             return None
-        permit = Permit(self.era, now, now + self.probe_timeout)
+        permit = Permit(self, self.era, now, now + self.probe_timeout)
         self._out.add(permit)
         return permit
 
@@ -1160,9 +1168,19 @@ class _Unguarded(TypeError):  # noqa: N818 -- never seen under this name
     """A plain function turned out to be asynchronous; no fault of the service."""
 
 
-# The innermost ``with`` block that this task or thread is in, and the one around it, and so on.
-_Block: TypeAlias = "tuple[CircuitBreaker, Permit, _Block] | None"
-_entered: contextvars.ContextVar[_Block] = contextvars.ContextVar("entered", default=None)
+# A task or thread and the permits of the blocks that it is in. A task begun inside of a block gets
+# the context of that, so it must see that the list is not its own.
+_blocks: contextvars.ContextVar[Any] = contextvars.ContextVar("blocks", default=("nobody",))
+
+
+def _own_blocks() -> list[Any]:
+    loop = asyncio._get_running_loop()
+    owner = (loop and current_task(loop)) or threading.get_ident()
+    blocks: list[Any] = _blocks.get()
+    if blocks[0] != owner:
+        blocks = [owner]
+        _blocks.set(blocks)
+    return blocks
 
 
 def _now() -> float:
