@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import importlib
 import itertools
 import re
 import threading
 import time
 import traceback
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -384,6 +386,21 @@ async def test_each_rejection_is_a_fresh_error_caused_by_the_last_failure() -> N
     depths = {len(traceback.extract_tb(error.__traceback__)) for error in refused}
     assert len(depths) == 1
     assert len(traceback.extract_tb(last.__traceback__)) <= 2
+
+
+async def test_a_refusal_is_gone_when_it_was_handled() -> None:
+    """T22: no frame that it left keeps it alive until the next garbage collection."""
+    breaker = CircuitBreaker()
+    breaker.isolate()
+    gc.disable()
+    try:
+        with pytest.raises(CircuitOpen) as refused:
+            await breaker.call(Service())
+        gone = weakref.ref(refused.value)
+        del refused
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 async def test_the_call_that_opens_the_circuit_raises_its_own_exception() -> None:

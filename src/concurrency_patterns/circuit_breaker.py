@@ -391,7 +391,8 @@ class CircuitBreaker:
             )
 
     def _enter(self) -> Permit:
-        circuit, now = self._circuit, _now()
+        circuit, loop = self._circuit, asyncio._get_running_loop()
+        now = time.monotonic() if loop is None else loop.time()  # as _now(), without another call
         retry_after: float | None
         # While it is certainly open there is nothing to change, so a refusal needs no lock.
         if circuit.since <= now < circuit.until - EARLY and not circuit.refusal:
@@ -408,7 +409,13 @@ class CircuitBreaker:
             notify(self.on_event, "circuit_breaker.rejected", retry_after=retry_after)
         if self.shadow and not circuit.isolated:
             return Permit(circuit)  # of no era: what it reports changes nothing
-        raise CircuitOpen(circuit.refusal, retry_after=retry_after) from circuit.last_failure
+        # Refusals come in masses, and the __init__ would take longer than all the rest.
+        refusal = CircuitOpen.__new__(CircuitOpen, circuit.refusal)
+        refusal.retry_after = retry_after
+        try:
+            raise refusal from circuit.last_failure
+        finally:
+            del refusal  # no cycle through this frame
 
     def _leave(self) -> Permit:
         # The newest of our permits: blocks of one task end in the reverse order of their beginning.
