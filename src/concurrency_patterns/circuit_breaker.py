@@ -269,11 +269,12 @@ class CircuitBreaker:
         except BaseException as error:
             self._raised(permit, error)
             raise
-        # A steady success needs no lock: nobody but the count has to know of it.
-        if permit.steady and self._is_failure is None:
+        if self._is_failure is not None:
+            self._judge(self._is_failure, permit, result)
+        elif permit.steady:  # it needs no lock: nobody but the count has to know of it
             permit.successes += 1
         else:
-            self._returned(permit, result)
+            self._succeed(permit)
         return result
 
     def __call__(self, fn: F) -> F:
@@ -296,10 +297,12 @@ class CircuitBreaker:
             except BaseException as error:
                 self._raised(permit, error)
                 raise
-            if permit.steady and self._is_failure is None:
+            if self._is_failure is not None:
+                self._judge(self._is_failure, permit, result)
+            elif permit.steady:
                 permit.successes += 1
             else:
-                self._returned(permit, result)
+                self._succeed(permit)
             return result
 
         return guarded
@@ -315,10 +318,12 @@ class CircuitBreaker:
             except BaseException as error:
                 self._raised(permit, error)
                 raise
-            if permit.steady and self._is_failure is None:
+            if self._is_failure is not None:
+                self._judge(self._is_failure, permit, result)
+            elif permit.steady:
                 permit.successes += 1
             else:
-                self._returned(permit, result)
+                self._succeed(permit)
             return result
 
         return guarded
@@ -432,12 +437,9 @@ class CircuitBreaker:
         else:
             self._raised(permit, error)
 
-    def _returned(self, permit: Permit, result: object) -> None:
-        if self._is_failure is None:
-            self._succeed(permit)
-            return
+    def _judge(self, is_failure: Callable[[T], bool], permit: Permit, result: T) -> None:
         try:
-            failed = self._is_failure(result)
+            failed = is_failure(result)
         except BaseException:
             self._ignore_call(permit)
             raise
@@ -468,7 +470,8 @@ class CircuitBreaker:
             self._succeeded += 1
             if not self._circuit.succeed(permit, _now()):
                 self._late += 1
-        self._report()
+        if self._circuit.happened:
+            self._report()
 
     def _fail(
         self, permit: Permit, error: BaseException | None, asked: float | None = None
@@ -678,11 +681,13 @@ class Circuit:
 
     def succeed(self, permit: Permit, now: float) -> bool:
         """Take note of a success, and tell whether it came in time to matter."""
-        if not self._matters(permit):
-            return False
         if self.state is CircuitState.CLOSED:
+            if permit.era != self.era:
+                return False
             self._record(permit, False, now)
             return True
+        if permit not in self._out:
+            return False
         self._out.remove(permit)
         self.succeeded += 1
         if self.succeeded == self.probes:
@@ -716,11 +721,10 @@ class Circuit:
         return permit in self._out
 
     def _record(self, permit: Permit, failed: bool, now: float, asked: float | None = None) -> None:
-        settled, self._settled = self._settled, permit.successes
-        if permit.successes > settled:
-            self.tally.settle(permit.successes - settled)
-        trips = self.tally.record(failed, now, max(0.0, now - permit.began))
-        if trips:
+        if permit.successes != self._settled:
+            self.tally.settle(permit.successes - self._settled)
+            self._settled = permit.successes
+        if self.tally.record(failed, now, now - permit.began):
             self._move(CircuitEvent.TRIPPED, now, asked)
         elif self.everyone is not None:
             self.everyone.steady = self.tally.steady
@@ -932,7 +936,7 @@ class _CountTally:
 
 
 class _TimeTally:
-    """The rate over the last seconds, as the sums of ten slots and the one that is filling."""
+    """The rate over the last seconds: that of ten slots and the one that is filling."""
 
     timed = steady = False
     slots = 10
@@ -941,26 +945,30 @@ class _TimeTally:
         self._rate = rate
         self._least = least
         self._slot = seconds / self.slots
-        self._sums: deque[list[int]] = deque()  # number of the slot, calls, bad ones
+        self._number = math.nan  # of the slot that is filling
         self._calls = self._bad = 0
+        # The number of each slot, and how many calls and bad ones there were before it.
+        self._begun: deque[tuple[float, int, int]] = deque()
 
     def settle(self, successes: int) -> None:
         raise NotImplementedError  # never steady
 
     def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
-        sums, number = self._sums, math.floor(now / self._slot)
-        # Newer ones than now are of another loop's clock.
-        while sums and not number - self.slots <= sums[0][0] <= number:
-            _, calls, bad = sums.popleft()
-            self._calls -= calls
-            self._bad -= bad
-        if not sums or sums[-1][0] != number:
-            sums.append([number, 0, 0])
-        sums[-1][1] += 1
-        sums[-1][2] += failed
+        number = now // self._slot
+        if number != self._number:
+            self._begin(number)
         self._calls += 1
         self._bad += failed
-        return self._calls >= self._least and self._bad / self._calls >= self._rate
+        _, calls, bad = self._begun[0]
+        calls = self._calls - calls
+        return calls >= self._least and (self._bad - bad) / calls >= self._rate
+
+    def _begin(self, number: float) -> None:
+        self._number = number
+        self._begun.append((number, self._calls, self._bad))
+        # Newer ones than this are of another loop's clock.
+        while not number - self.slots <= self._begun[0][0] <= number:
+            self._begun.popleft()
 
 
 class _SlowTally:
