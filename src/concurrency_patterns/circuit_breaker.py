@@ -269,12 +269,11 @@ class CircuitBreaker:
         except BaseException as error:
             self._raised(permit, error)
             raise
-        if self._is_failure is not None:
-            self._judge(self._is_failure, permit, result)
-        elif permit.steady:  # it needs no lock: nobody but the count has to know of it
+        # A steady success needs no lock: nobody but the count has to know of it.
+        if permit.steady and self._is_failure is None:
             permit.successes += 1
         else:
-            self._succeed(permit)
+            self._returned(permit, result)
         return result
 
     def __call__(self, fn: F) -> F:
@@ -297,12 +296,10 @@ class CircuitBreaker:
             except BaseException as error:
                 self._raised(permit, error)
                 raise
-            if self._is_failure is not None:
-                self._judge(self._is_failure, permit, result)
-            elif permit.steady:
+            if permit.steady and self._is_failure is None:
                 permit.successes += 1
             else:
-                self._succeed(permit)
+                self._returned(permit, result)
             return result
 
         return guarded
@@ -318,12 +315,10 @@ class CircuitBreaker:
             except BaseException as error:
                 self._raised(permit, error)
                 raise
-            if self._is_failure is not None:
-                self._judge(self._is_failure, permit, result)
-            elif permit.steady:
+            if permit.steady and self._is_failure is None:
                 permit.successes += 1
             else:
-                self._succeed(permit)
+                self._returned(permit, result)
             return result
 
         return guarded
@@ -338,7 +333,11 @@ class CircuitBreaker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end(self._leave(), error)
+        permit = self._leave()
+        if error is None:
+            self._succeed(permit)
+        else:
+            self._raised(permit, error)
 
     async def __aenter__(self) -> None:
         permit = self._circuit.everyone or self._enter()
@@ -353,12 +352,12 @@ class CircuitBreaker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        blocks = _blocks.get()
-        permit = blocks.pop() if blocks[-1] is self._circuit.everyone else self._leave()
-        if permit.steady and error is None:
+        blocks, permit = _blocks.get(), self._circuit.everyone
+        if error is None and permit is not None and permit.steady and blocks[-1] is permit:
+            blocks.pop()  # what nearly every block comes to
             permit.successes += 1
         else:
-            self._end(permit, error)
+            self.__exit__(kind, error, traceback)
 
     @property
     def state(self) -> CircuitState:
@@ -431,15 +430,9 @@ class CircuitBreaker:
                 return left
         return Permit(self._circuit)  # left where it was not entered: too late to matter
 
-    def _end(self, permit: Permit, error: BaseException | None) -> None:
-        if error is None:
-            self._succeed(permit)
-        else:
-            self._raised(permit, error)
-
-    def _judge(self, is_failure: Callable[[T], bool], permit: Permit, result: T) -> None:
+    def _returned(self, permit: Permit, result: object) -> None:
         try:
-            failed = is_failure(result)
+            failed = self._is_failure is not None and self._is_failure(result)
         except BaseException:
             self._ignore_call(permit)
             raise
@@ -681,44 +674,33 @@ class Circuit:
 
     def succeed(self, permit: Permit, now: float) -> bool:
         """Take note of a success, and tell whether it came in time to matter."""
-        if self.state is CircuitState.CLOSED:
-            if permit.era != self.era:
-                return False
-            self._record(permit, False, now)
-            return True
-        if permit not in self._out:
+        if permit.era != self.era:
             return False
-        self._out.remove(permit)
-        self.succeeded += 1
-        if self.succeeded == self.probes:
-            self._move(CircuitEvent.RECOVERED, now)
+        if self.state is CircuitState.CLOSED:
+            self._record(permit, False, now)
+        elif permit in self._out:
+            self._out.remove(permit)
+            self.succeeded += 1
+            if self.succeeded == self.probes:
+                self._move(CircuitEvent.RECOVERED, now)
+        else:
+            return False  # a probe that has lost its place
         return True
 
     def fail(
-        self,
-        permit: Permit,
-        now: float,
-        error: BaseException | None,
-        asked: float | None = None,
+        self, permit: Permit, now: float, error: BaseException | None, asked: float | None = None
     ) -> bool:
-        """Take note of a failure, and tell whether it came in time to matter.
-
-        If it opens the circuit, that stays open for the seconds that were asked for.
-        """
-        if not self._matters(permit):
+        """Take note of a failure that asked for so many seconds, and tell whether it mattered."""
+        closed = self.state is CircuitState.CLOSED
+        if permit.era != self.era or not (closed or permit in self._out):
             return False
         self.last_failure = error
         self.failed += 1
-        if self.state is CircuitState.CLOSED:
+        if closed:
             self._record(permit, True, now, asked)
         else:
             self._move(CircuitEvent.PROBE_FAILED, now, asked)
         return True
-
-    def _matters(self, permit: Permit) -> bool:
-        if self.state is CircuitState.CLOSED:
-            return permit.era == self.era
-        return permit in self._out
 
     def _record(self, permit: Permit, failed: bool, now: float, asked: float | None = None) -> None:
         if permit.successes != self._settled:
@@ -839,11 +821,27 @@ class FailureRate(_Combinable):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        _check_rate(self.rate, self.window, self.least, self.seconds)
+        check_positive("rate", self.rate)
+        if self.rate > 1:
+            raise ValueError(f"rate must be at most 1, got {self.rate!r}")
+        if self.window is not None:
+            check_count("window", self.window)
+        if self.least is not None:
+            check_count("least", self.least)
+        window = self.window or WINDOW
+        if self.seconds is not None:
+            check_positive("seconds", self.seconds)
+            if self.window is not None:
+                raise ValueError(f"window must be None where seconds are given, got {window!r}")
+        elif self.least is not None and self.least > window:
+            raise ValueError(f"least must be at most the window of {window}, got {self.least!r}")
 
     def tally(self) -> Tally:
         """Begin to count."""
-        return _tally(self.rate, self.window, self.least, self.seconds)
+        if self.seconds is not None:
+            return _TimeTally(self.rate, self.seconds, self.least or WINDOW)
+        window = self.window or WINDOW
+        return _CountTally(self.rate, window, self.least or window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -872,37 +870,14 @@ class SlowCallRate(_Combinable):
 
     def __post_init__(self) -> None:
         check_positive("slower_than", self.slower_than)
-        _check_rate(self.rate, self.window, self.least, self.seconds)
+        self._rate()  # refuses bad numbers
+
+    def _rate(self) -> FailureRate:
+        return FailureRate(self.rate, self.window, self.least, self.seconds)
 
     def tally(self) -> Tally:
         """Begin to count."""
-        return _SlowTally(
-            self.slower_than, _tally(self.rate, self.window, self.least, self.seconds)
-        )
-
-
-def _check_rate(rate: float, window: int | None, least: int | None, seconds: float | None) -> None:
-    check_positive("rate", rate)
-    if rate > 1:
-        raise ValueError(f"rate must be at most 1, got {rate!r}")
-    if window is not None:
-        check_count("window", window)
-    if least is not None:
-        check_count("least", least)
-    if seconds is not None:
-        check_positive("seconds", seconds)
-        if window is not None:
-            raise ValueError(f"window must be None where seconds are given, got {window!r}")
-    elif least is not None and least > (window or WINDOW):
-        raise ValueError(f"least must be at most the window of {window or WINDOW}, got {least!r}")
-
-
-def _tally(
-    rate: float, window: int | None, least: int | None, seconds: float | None
-) -> _CountTally | _TimeTally:
-    if seconds is not None:
-        return _TimeTally(rate, seconds, least or WINDOW)
-    return _CountTally(rate, window or WINDOW, least or window or WINDOW)
+        return _SlowTally(self.slower_than, self._rate().tally())
 
 
 class _CountTally:
@@ -977,7 +952,7 @@ class _SlowTally:
     timed = True
     steady = False
 
-    def __init__(self, slower_than: float, rate: _CountTally | _TimeTally) -> None:
+    def __init__(self, slower_than: float, rate: Tally) -> None:
         self._slower_than = slower_than
         self._rate = rate
 
