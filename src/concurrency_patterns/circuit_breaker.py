@@ -776,24 +776,7 @@ class Consecutive(_Combinable):
 
     def tally(self) -> Tally:
         """Begin to count."""
-        return _ConsecutiveTally(self.failures)
-
-
-class _ConsecutiveTally:
-    timed = False
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._failed = 0
-        self.steady = True
-
-    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
-        self._failed = self._failed + 1 if failed else 0
-        self.steady = self._failed == 0
-        return self._failed >= self._limit
-
-    def settle(self, successes: int) -> None:
-        self._failed = 0
+        return _CountTally(1.0, self.failures, self.failures)
 
 
 @dataclass(frozen=True, slots=True)
