@@ -163,8 +163,9 @@ class CircuitBreaker:
     again.
 
     A call counts in the era in which it began. What comes back after the state has changed says
-    nothing about the present, so it changes nothing. A cancelled call and a
-    :class:`~concurrency_patterns.errors.LocalRejection` never count, whatever ``on`` says.
+    nothing about the present, so it changes nothing. Whatever ``on`` says, a
+    :class:`~concurrency_patterns.errors.LocalRejection` never counts, nor does a cancelled call,
+    even if it has made another exception of its cancellation.
 
     Use it as ``await breaker.call(fn, ...)``, ``@breaker`` on ``async def`` and ``def``,
     ``async with breaker`` or ``with breaker``. A block ends in the task or thread in which it
@@ -354,7 +355,7 @@ class CircuitBreaker:
     ) -> None:
         blocks, permit = _blocks.get(), self._circuit.everyone
         if error is None and permit is not None and permit.steady and blocks[-1] is permit:
-            blocks.pop()  # what nearly every block comes to
+            del blocks[-1]  # what nearly every block comes to; pop() would take longer
             permit.successes += 1
         else:
             self.__exit__(kind, error, traceback)

@@ -105,8 +105,7 @@ def standard(
         A policy; its ``policies`` are those named above.
 
     Raises:
-        ValueError: If a number is out of its range, the deadline leaves no time for one attempt, or
-            ``on`` is empty.
+        ValueError: If a number is out of its range, ``on`` is empty, or ``timeout`` exceeds ``deadline``.
 
     The order is that of Polly's standard resilience pipeline, but the slot comes before the token.
     """
