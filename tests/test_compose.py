@@ -161,6 +161,17 @@ async def test_the_call_whose_retries_open_the_circuit_raises_the_services_error
         await pipeline.call(Service(failures=9))
 
 
+async def test_whatever_the_retry_raises_the_services_error_is_kept() -> None:
+    """T23: where the circuit opens before the last attempt, what the service said is at hand."""
+    pipeline = compose(retry(attempts=5), CircuitBreaker(failures=2))
+    service = Service(failures=9)
+    with pytest.raises((ConnectionError, CircuitOpen)) as raised:
+        await pipeline.call(service)
+    said = (raised.value, raised.value.__cause__, raised.value.__context__)
+    assert any(isinstance(error, ConnectionError) for error in said)
+    assert service.called == 2
+
+
 async def test_a_service_that_hangs_opens_the_circuit_by_the_inner_timeout_only() -> None:
     """The timeout inside the breaker counts; one outside cancels, which says nothing."""
     inside, outside = CircuitBreaker(failures=2), CircuitBreaker(failures=2)

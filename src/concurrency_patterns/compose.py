@@ -105,7 +105,7 @@ def standard(
         A policy; its ``policies`` are those named above.
 
     Raises:
-        ValueError: If a number is out of its range, ``on`` is empty, or ``timeout`` exceeds ``deadline``.
+        ValueError: If a number is out of its range, ``on`` is empty, or ``deadline`` too short.
 
     The order is that of Polly's standard resilience pipeline, but the slot comes before the token.
     """
