@@ -161,6 +161,17 @@ async def test_the_call_whose_retries_open_the_circuit_raises_the_services_error
         await pipeline.call(Service(failures=9))
 
 
+async def test_whatever_the_retry_raises_the_services_error_is_kept() -> None:
+    """T23: where the circuit opens before the last attempt, what the service said is at hand."""
+    pipeline = compose(retry(attempts=5), CircuitBreaker(failures=2))
+    service = Service(failures=9)
+    with pytest.raises((ConnectionError, CircuitOpen)) as raised:
+        await pipeline.call(service)
+    said = (raised.value, raised.value.__cause__, raised.value.__context__)
+    assert any(isinstance(error, ConnectionError) for error in said)
+    assert service.called == 2
+
+
 async def test_a_service_that_hangs_opens_the_circuit_by_the_inner_timeout_only() -> None:
     """The timeout inside the breaker counts; one outside cancels, which says nothing."""
     inside, outside = CircuitBreaker(failures=2), CircuitBreaker(failures=2)
@@ -199,6 +210,70 @@ async def test_token_first_then_slot_breaks_the_rate_after_a_stall() -> None:
     assert await most_starts_in_a_second(pipeline) > 20
 
 
+async def tokens_paid(*policies: Any) -> float:
+    """Return how many tokens a call with three attempts has taken."""
+    bucket = TokenBucket(rate=0.001, capacity=9)
+    pipeline = compose(*(bucket if policy is TokenBucket else policy for policy in policies))
+    with pytest.raises(ConnectionError):
+        await pipeline.call(Service(failures=9))
+    return round(9 - bucket.statistics().tokens)
+
+
+async def test_each_attempt_pays_a_token() -> None:
+    """T32: with the retry outside each attempt pays; inside, retries are free of any limit."""
+    assert await tokens_paid(retry(), TokenBucket) == 3
+    with pytest.warns(OrderWarning, match="put the retry outside of the token bucket"):
+        assert await tokens_paid(TokenBucket, retry()) == 1
+
+
+async def test_a_retry_inside_a_limiter_keeps_its_slot_while_it_waits() -> None:
+    """The warning is right: while one call waits for its next attempt, nobody else gets in."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def second_is_served_after(pipeline: Composition) -> float:
+        start = loop.time()
+        failing = asyncio.create_task(pipeline.call(Service(failures=9)))
+        await asyncio.sleep(0)
+        await pipeline.call(Service())
+        seconds = loop.time() - start
+        await asyncio.wait([failing])
+        return seconds
+
+    assert await second_is_served_after(compose(retry(), ConcurrencyLimiter(1))) == 0
+    with pytest.warns(OrderWarning, match="put the retry outside of the concurrency limiter"):
+        pipeline = compose(ConcurrencyLimiter(1), retry())
+    assert await second_is_served_after(pipeline) == 1
+    assert loop.time() - start == 2
+
+
+async def test_the_same_limiter_twice_can_wait_for_itself() -> None:
+    """The warning is right: calls that hold one slot each wait for each other's for ever."""
+    limiter = ConcurrencyLimiter(2)
+    with pytest.warns(OrderWarning, match="the same ConcurrencyLimiter twice"):
+        pipeline = compose(limiter, limiter)
+    assert await pipeline.call(Service()) == ()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3600):
+            await asyncio.gather(*(pipeline.call(Service(takes=1)) for _ in range(3)))
+
+
+async def test_the_same_breaker_twice_never_closes_again() -> None:
+    """The warning is right: each probe takes the place that it needs further in."""
+    breaker = CircuitBreaker(failures=1)
+    with pytest.warns(OrderWarning, match="the same CircuitBreaker twice"):
+        pipeline = compose(breaker, breaker)
+    with pytest.raises(ConnectionError):
+        await pipeline.call(Service(failures=1))
+    await asyncio.sleep(30)
+    for _ in range(9):
+        await asyncio.gather(pipeline.call(Service()), return_exceptions=True)
+    assert breaker.state is CircuitState.HALF_OPEN
+
+
+TWICE = (ConcurrencyLimiter(1), CircuitBreaker())
+
+
 @pytest.mark.parametrize(
     ("policies", "cure"),
     [
@@ -211,6 +286,10 @@ async def test_token_first_then_slot_breaks_the_rate_after_a_stall() -> None:
         ((CircuitBreaker(), StaleCache(1, 1)), "put the cache outside of the circuit"),
         ((Hedge(delay=1), retry()), "put the retry outside of the hedge"),
         ((TokenBucket(1, 1), ConcurrencyLimiter(1)), "put the concurrency limiter outside"),
+        ((TokenBucket(1, 1), retry()), "put the retry outside of the token bucket"),
+        ((ConcurrencyLimiter(1), retry()), "put the retry outside of the concurrency limiter"),
+        ((TWICE[0], compose(Timeout(1), TWICE[0])), "same ConcurrencyLimiter twice: .* keep one"),
+        ((TWICE[1], Timeout(1), TWICE[1]), "same CircuitBreaker twice: .* keep one"),
     ],
 )
 def test_a_harmful_order_is_warned_of_with_its_cure(policies: Any, cure: str) -> None:
@@ -353,6 +432,42 @@ async def test_standard_serves_an_unreliable_service() -> None:
     assert (hanging.called, loop.time()) == (before, start)
 
 
+async def test_standard_does_not_wait_for_an_open_circuit() -> None:
+    """T31: whatever ``on`` says, a refused call is over at once, also shortly before a probe."""
+    loop = asyncio.get_running_loop()
+    for pipeline, later in ((standard(on=Exception), 21), (standard(on=Exception, deadline=60), 0)):
+        breaker = next(policy for policy in pipeline.policies if isinstance(policy, CircuitBreaker))
+        for _ in range(5):
+            with pytest.raises(ConnectionError):
+                await breaker.call(Service(failures=1))
+        await asyncio.sleep(later)
+        start = loop.time()
+        with pytest.raises(CircuitOpen):
+            await pipeline.call(Service())
+        assert loop.time() == start
+
+
+async def test_standard_takes_a_hanging_service_for_a_failing_one() -> None:
+    """Its own timeout is retried, counted and answered, though ``on`` does not name it."""
+    pipeline = standard(constant("cached"), on=ConnectionError, timeout=1)
+    breaker = next(policy for policy in pipeline.policies if isinstance(policy, CircuitBreaker))
+    hanging = Service(takes=60)
+    assert await pipeline.call(hanging) == "cached"
+    assert hanging.called == 3
+    assert await pipeline.call(hanging) == "cached"
+    assert breaker.state is CircuitState.OPEN
+
+
+async def test_standard_retries_no_outage() -> None:
+    """T27: beyond a few retries its budget allows one for five calls, not two for each."""
+    pipeline, down = standard(open_for=0.001), Service(failures=10_000)
+    for _ in range(200):
+        with pytest.raises((ConnectionError, CircuitOpen)):
+            await pipeline.call(down)
+        await asyncio.sleep(0.002)
+    assert down.called < 300
+
+
 async def test_standard_lets_bugs_through() -> None:
     """What ``on`` does not name is not retried, opens no circuit, and is not answered."""
     pipeline = standard(constant("cached"))
@@ -381,6 +496,7 @@ async def test_standard_bounds_the_queue() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"on": ()}, "on must name at least one exception type"),
         ({"timeout": 0}, "timeout must be above 0, got 0"),
         ({"deadline": 1, "timeout": 2}, r"deadline must be at least timeout \(2\), got 1"),
         ({"attempts": 0}, "attempts must be at least 1, got 0"),
@@ -405,6 +521,15 @@ def test_describes_itself() -> None:
         "Noted",
     ]
     assert repr(pipeline) == f"compose({', '.join(pipeline.describe())})"
+
+
+def test_describes_every_policy_by_its_name() -> None:
+    """Each line begins with the class, so that a reader sees the order in any log."""
+    pipeline = standard(constant(0), rate=10)
+    assert [line.partition("(")[0] for line in pipeline.describe()] == [
+        type(policy).__name__ for policy in pipeline.policies
+    ]
+    assert "at 0x" not in repr(pipeline)
 
 
 async def test_statistics_come_from_each_policy() -> None:
@@ -460,15 +585,18 @@ def test_no_cancellation_loses_a_slot_or_a_place() -> None:
     breakers: list[CircuitBreaker] = []
 
     def make() -> Composition:
-        breakers.append(CircuitBreaker(failures=1, open_for=1, probes=1))
+        breakers.append(CircuitBreaker(failures=1, open_for=1, probes=2, probe_timeout=3600))
         return compose(Timeout(60), retry(), breakers[-1], limiter, TokenBucket(10, 1), Timeout(5))
 
     async def scenario(pipeline: Composition) -> None:
+        await asyncio.gather(breakers[-1].call(Service(failures=1)), return_exceptions=True)
+        await asyncio.sleep(1)  # half-open: both calls are probes
         async with asyncio.TaskGroup() as group:
             for _ in range(2):
                 group.create_task(pipeline.call(Service(takes=1)))
 
     async def is_whole(pipeline: Composition) -> bool:
+        await asyncio.sleep(1)
         await pipeline.call(Service())
         return limiter.statistics().in_use == 0 and breakers[-1].statistics().probes_out == 0
 

@@ -23,6 +23,7 @@ from concurrency_patterns.errors import (
     check_count,
     check_positive,
     check_seconds,
+    comes_of_cancellation,
     notify,
 )
 
@@ -142,3 +143,30 @@ def test_a_listener_cannot_hold_back_the_end_of_the_program():
 
     with pytest.raises(SystemExit):
         notify(leave, "module.happened")
+
+
+async def test_what_comes_of_a_cancellation_is_known_by_its_context():
+    """It comes of one if the task is being cancelled and one was handled when it was raised."""
+    error, task = KeyError("no such connection"), asyncio.current_task()
+    error.__context__ = asyncio.CancelledError()
+    assert not comes_of_cancellation(error)
+    task.cancel()
+    try:
+        assert comes_of_cancellation(error)
+        assert not comes_of_cancellation(KeyError())
+        late = TimeoutError()  # as asyncio.timeout makes it of its own cancellation
+        late.__context__ = asyncio.CancelledError()
+        assert not comes_of_cancellation(late)
+        circle = KeyError()
+        circle.__context__ = ValueError()
+        circle.__context__.__context__ = circle
+        assert not comes_of_cancellation(circle)
+    finally:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        task.uncancel()
+
+
+def test_without_a_task_nothing_comes_of_a_cancellation():
+    """In plain code nothing is cancelled."""
+    assert not comes_of_cancellation(asyncio.CancelledError())

@@ -42,15 +42,6 @@ WAYS = {
 }
 
 
-def arrows() -> list[tuple[CircuitState, CircuitEvent, CircuitState]]:
-    """Return what is drawn: from which state, on which event, to which one."""
-    return [
-        (state, event, after)
-        for (state, event), after in TRANSITIONS.items()
-        if event not in BY_HAND
-    ]
-
-
 def draw(text: Callable[[str, str], str]) -> str:
     """Draw the states and what leads from one to the other."""
     states = {
@@ -71,7 +62,8 @@ def draw(text: Callable[[str, str], str]) -> str:
             arrow(
                 way.start, way.end, events[event], bend=way.bend, kind=way.kind, offset=way.offset
             )
-            for before, event, after in arrows()
+            for (before, event), after in TRANSITIONS.items()
+            if event not in BY_HAND
             for way in [WAYS[before, after]]
         ),
     )

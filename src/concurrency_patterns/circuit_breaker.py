@@ -14,15 +14,24 @@ import logging
 import math
 import threading
 import time
+from asyncio import current_task
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from .errors import CircuitOpen, LocalRejection, check_count, check_positive, notify
+from .errors import (
+    CircuitOpen,
+    LocalRejection,
+    check_count,
+    check_positive,
+    comes_of_cancellation,
+    notify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -56,6 +65,10 @@ K = TypeVar("K", bound=Hashable)
 EARLY = max(1e-6, time.get_clock_info("monotonic").resolution)
 # How many open times are taken from an iterable, which may be endless; the last one stays.
 LONGEST = 100
+# How many keys are looked at to find one that may go: a new key must not take longer with many.
+LOOKED_AT = 100
+# Seconds between two warnings that an open breaker was dropped.
+SILENCE = 60
 # How many calls a rate looks at, unless told otherwise.
 WINDOW = 20
 
@@ -150,11 +163,14 @@ class CircuitBreaker:
     again.
 
     A call counts in the era in which it began. What comes back after the state has changed says
-    nothing about the present, so it changes nothing. A cancelled call and a
-    :class:`~concurrency_patterns.errors.LocalRejection` never count, whatever ``on`` says.
+    nothing about the present, so it changes nothing. Whatever ``on`` says, a
+    :class:`~concurrency_patterns.errors.LocalRejection` never counts, nor does a cancelled call,
+    even if it has made another exception of its cancellation.
 
     Use it as ``await breaker.call(fn, ...)``, ``@breaker`` on ``async def`` and ``def``,
-    ``async with breaker`` or ``with breaker``. It may be shared by tasks, threads and event loops.
+    ``async with breaker`` or ``with breaker``. A block ends in the task or thread in which it
+    began; the end of one elsewhere means nothing, and a probe that ends so has its place until
+    ``probe_timeout``. The breaker may be shared by tasks, threads and event loops.
     Time is the event loop's, and :func:`time.monotonic` outside of one.
 
     Args:
@@ -173,7 +189,8 @@ class CircuitBreaker:
         trip: A rule that takes the place of ``failures``, such as :class:`FailureRate`.
         max_retry_after: The longest open time in seconds that a failure can ask for. If the
             exception that opens the circuit has an attribute ``retry_after`` (seconds, as in the
-            header of RFC 9110, section 10.2.3), that takes the place of ``open_for``.
+            header of RFC 9110, section 10.2.3), that takes the place of ``open_for``; of a group
+            the longest one.
         shadow: Whether to refuse nobody and only measure what would have been refused.
 
     Attributes:
@@ -214,11 +231,14 @@ class CircuitBreaker:
         check_positive("max_retry_after", max_retry_after)
         if is_failure is not None and not callable(is_failure):
             raise TypeError(f"is_failure must be callable, got {is_failure!r}")
+        if not isinstance(shadow, bool):
+            raise TypeError(f"shadow must be a bool, got {shadow!r}")
         self.shadow = shadow
         self.open_for = open_times[0]  # compose() compares it with the time of a retry
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._on = _exceptions("on", on)
-        self._ignore = _exceptions("ignore", ignore)
+        never = (asyncio.CancelledError, LocalRejection, _Unguarded)
+        self._ignore = (*never, *_exceptions("ignore", ignore))
         self._is_failure = is_failure
         rule = Consecutive(failures) if trip is None else _rule("trip", trip)
         self._circuit = Circuit(rule, open_times, probes, probe_timeout, max_retry_after)
@@ -306,7 +326,7 @@ class CircuitBreaker:
 
     def __enter__(self) -> None:
         permit = self._circuit.everyone or self._enter()
-        _entered.set((self, permit, _entered.get()))
+        _own_blocks().append(permit)
 
     def __exit__(
         self,
@@ -322,7 +342,10 @@ class CircuitBreaker:
 
     async def __aenter__(self) -> None:
         permit = self._circuit.everyone or self._enter()
-        _entered.set((self, permit, _entered.get()))
+        blocks = _blocks.get()
+        if blocks[0] is not current_task():
+            blocks = _own_blocks()
+        blocks.append(permit)
 
     async def __aexit__(
         self,
@@ -330,11 +353,12 @@ class CircuitBreaker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        permit = self._leave()
-        if error is None:
-            self._succeed(permit)
+        blocks, permit = _blocks.get(), self._circuit.everyone
+        if error is None and permit is not None and permit.steady and blocks[-1] is permit:
+            del blocks[-1]  # what nearly every block comes to; pop() would take longer
+            permit.successes += 1
         else:
-            self._raised(permit, error)
+            self.__exit__(kind, error, traceback)
 
     @property
     def state(self) -> CircuitState:
@@ -372,7 +396,8 @@ class CircuitBreaker:
             )
 
     def _enter(self) -> Permit:
-        circuit, now = self._circuit, _now()
+        circuit, loop = self._circuit, asyncio._get_running_loop()
+        now = time.monotonic() if loop is None else loop.time()  # as _now(), without another call
         retry_after: float | None
         # While it is certainly open there is nothing to change, so a refusal needs no lock.
         if circuit.since <= now < circuit.until - EARLY and not circuit.refusal:
@@ -388,29 +413,27 @@ class CircuitBreaker:
         if self.on_event is not None:
             notify(self.on_event, "circuit_breaker.rejected", retry_after=retry_after)
         if self.shadow and not circuit.isolated:
-            return Permit()  # of no era: what it reports changes nothing
-        raise CircuitOpen(circuit.refusal, retry_after=retry_after) from circuit.last_failure
+            return Permit(circuit)  # of no era: what it reports changes nothing
+        # Refusals come in masses, and the __init__ would take longer than all the rest.
+        refusal = CircuitOpen.__new__(CircuitOpen, circuit.refusal)
+        refusal.retry_after = retry_after
+        try:
+            raise refusal from circuit.last_failure
+        finally:
+            del refusal  # no cycle through this frame
 
     def _leave(self) -> Permit:
-        # The newest of our entries: blocks of one task end in the reverse order of their beginning.
-        block, above = _entered.get(), []
-        while block is not None and block[0] is not self:
-            above.append(block)
-            block = block[2]
-        if block is None:
-            return Permit()  # left in another context than entered: too late to matter
-        below = block[2]
-        for breaker, permit, _ in reversed(above):
-            below = (breaker, permit, below)
-        _entered.set(below)
-        return block[1]
+        # The newest of our permits: blocks of one task end in the reverse order of their beginning.
+        blocks = _blocks.get()
+        for number in range(len(blocks) - 1, 0, -1):
+            if blocks[number].circuit is self._circuit:
+                left: Permit = blocks.pop(number)
+                return left
+        return Permit(self._circuit)  # left where it was not entered: too late to matter
 
     def _returned(self, permit: Permit, result: object) -> None:
-        if self._is_failure is None:
-            self._succeed(permit)
-            return
         try:
-            failed = self._is_failure(result)
+            failed = self._is_failure is not None and self._is_failure(result)
         except BaseException:
             self._ignore_call(permit)
             raise
@@ -420,17 +443,18 @@ class CircuitBreaker:
             self._succeed(permit)
 
     def _raised(self, permit: Permit, error: BaseException) -> None:
-        if self._counts(error):
-            self._fail(permit, error)
+        if failures := self._failures(error):
+            self._fail(permit, error, _time_asked_for(failures))
         else:
             self._ignore_call(permit)
 
-    def _counts(self, error: BaseException) -> bool:
-        if isinstance(error, asyncio.CancelledError | LocalRejection | _Unguarded):
-            return False
+    def _failures(self, error: BaseException) -> list[BaseException]:
+        """Return what of it counts: itself, or leaves of a group."""
         if isinstance(error, BaseExceptionGroup):
-            return any(self._counts(leaf) for leaf in error.exceptions)
-        return isinstance(error, self._on) and not isinstance(error, self._ignore)
+            return [leaf for part in error.exceptions for leaf in self._failures(part)]
+        if not isinstance(error, self._on) or isinstance(error, self._ignore):
+            return []
+        return [] if comes_of_cancellation(error) else [error]
 
     def _succeed(self, permit: Permit) -> None:
         if permit.steady:
@@ -440,12 +464,15 @@ class CircuitBreaker:
             self._succeeded += 1
             if not self._circuit.succeed(permit, _now()):
                 self._late += 1
-        self._report()
+        if self._circuit.happened:
+            self._report()
 
-    def _fail(self, permit: Permit, error: BaseException | None) -> None:
+    def _fail(
+        self, permit: Permit, error: BaseException | None, asked: float | None = None
+    ) -> None:
         with self._lock:
             self._failed += 1
-            if not self._circuit.fail(permit, _now(), error):
+            if not self._circuit.fail(permit, _now(), error, asked):
                 self._late += 1
         self._report()
 
@@ -470,6 +497,7 @@ class Permit:
     """The right to make a call, given in one era of a :class:`Circuit` and worth nothing later.
 
     Args:
+        circuit: The circuit that gave it.
         era: The era in which it was given; 0 is none.
         began: When the call began.
         expires: When a probe loses its place.
@@ -479,9 +507,12 @@ class Permit:
         successes: How many were.
     """
 
-    __slots__ = ("began", "era", "expires", "steady", "successes")
+    __slots__ = ("began", "circuit", "era", "expires", "steady", "successes")
 
-    def __init__(self, era: int = 0, began: float = 0.0, expires: float = math.inf) -> None:
+    def __init__(
+        self, circuit: Circuit, era: int = 0, began: float = 0.0, expires: float = math.inf
+    ) -> None:
+        self.circuit = circuit
         self.era = era
         self.began = began
         self.expires = expires
@@ -532,16 +563,16 @@ class Circuit:
         self._out: set[Permit] = set()
         self._begin(CircuitState.CLOSED, 0.0)
 
-    def _move(self, event: CircuitEvent, now: float, error: BaseException | None = None) -> None:
-        before, state = self.state, TRANSITIONS[self.state, event]
-        failures = self.failed
-        self._begin(state, now, error)
+    def _move(self, event: CircuitEvent, now: float, asked: float | None = None) -> None:
+        before, isolated, failures = self.state, self.isolated, self.failed
+        state = TRANSITIONS[before, event]
+        self._begin(state, now, asked)
         if event is CircuitEvent.ISOLATED:
             self.until, self.refusal = math.inf, REFUSALS[event]
-        if state is before:
+        if state is before and isolated is self.isolated:
             return
         if state is CircuitState.OPEN:
-            self.opened += 1
+            self.opened += before is not state
             seconds = None if self.isolated else self._open_seconds
             data = {"reason": event.value, "failures": failures, "seconds": seconds}
             self.happened.append(("circuit_breaker.opened", data))
@@ -550,7 +581,7 @@ class Circuit:
         else:
             self.happened.append(("circuit_breaker.closed", {"reason": event.value}))
 
-    def _begin(self, state: CircuitState, now: float, error: BaseException | None = None) -> None:
+    def _begin(self, state: CircuitState, now: float, asked: float | None = None) -> None:
         if self.everyone is not None:
             self.everyone.steady = False
             self._past_successes += self.everyone.successes
@@ -566,17 +597,16 @@ class Circuit:
             self.last_failure: BaseException | None = None
             self._times_open = 0
             if not self.tally.timed:
-                self.everyone = Permit(self.era)
+                self.everyone = Permit(self, self.era)
                 self.everyone.steady = self.tally.steady
         elif state is CircuitState.OPEN:
-            self._open_seconds = self._open_time(error)
+            self._open_seconds = self._open_time(asked)
             self.until = now + self._open_seconds
 
-    def _open_time(self, error: BaseException | None) -> float:
+    def _open_time(self, asked: float | None) -> float:
         times, number = self.open_times, self._times_open
         self._times_open += 1
-        asked = getattr(error, "retry_after", None)
-        if isinstance(asked, int | float) and asked > 0:  # NaN is not
+        if asked is not None:
             return min(asked, self.max_retry_after)
         return times[min(number, len(times) - 1)]
 
@@ -616,7 +646,7 @@ class Circuit:
         if self.state_at(now) is not self.state:
             self._move(CircuitEvent.WAITED, now)
         if self.state is CircuitState.CLOSED:
-            return self.everyone or Permit(self.era, now)
+            return self.everyone or Permit(self, self.era, now)
         if self.state is CircuitState.HALF_OPEN:
             return self._admit_probe(now)
         return None
@@ -633,7 +663,7 @@ class Circuit:
             self._out = {permit for permit in self._out if now < permit.expires - EARLY}
         if self._is_full():
             return None
-        permit = Permit(self.era, now, now + self.probe_timeout)
+        permit = Permit(self, self.era, now, now + self.probe_timeout)
         self._out.add(permit)
         return permit
 
@@ -645,43 +675,40 @@ class Circuit:
 
     def succeed(self, permit: Permit, now: float) -> bool:
         """Take note of a success, and tell whether it came in time to matter."""
-        if not self._matters(permit):
+        if permit.era != self.era:
             return False
         if self.state is CircuitState.CLOSED:
             self._record(permit, False, now)
-            return True
-        self._out.remove(permit)
-        self.succeeded += 1
-        if self.succeeded == self.probes:
-            self._move(CircuitEvent.RECOVERED, now)
+        elif permit in self._out:
+            self._out.remove(permit)
+            self.succeeded += 1
+            if self.succeeded == self.probes:
+                self._move(CircuitEvent.RECOVERED, now)
+        else:
+            return False  # a probe that has lost its place
         return True
 
-    def fail(self, permit: Permit, now: float, error: BaseException | None) -> bool:
-        """Take note of a failure, and tell whether it came in time to matter."""
-        if not self._matters(permit):
+    def fail(
+        self, permit: Permit, now: float, error: BaseException | None, asked: float | None = None
+    ) -> bool:
+        """Take note of a failure that asked for so many seconds, and tell whether it mattered."""
+        closed = self.state is CircuitState.CLOSED
+        if permit.era != self.era or not (closed or permit in self._out):
             return False
         self.last_failure = error
         self.failed += 1
-        if self.state is CircuitState.CLOSED:
-            self._record(permit, True, now, error)
+        if closed:
+            self._record(permit, True, now, asked)
         else:
-            self._move(CircuitEvent.PROBE_FAILED, now, error)
+            self._move(CircuitEvent.PROBE_FAILED, now, asked)
         return True
 
-    def _matters(self, permit: Permit) -> bool:
-        if self.state is CircuitState.CLOSED:
-            return permit.era == self.era
-        return permit in self._out
-
-    def _record(
-        self, permit: Permit, failed: bool, now: float, error: BaseException | None = None
-    ) -> None:
-        settled, self._settled = self._settled, permit.successes
-        if permit.successes > settled:
-            self.tally.settle(permit.successes - settled)
-        trips = self.tally.record(failed, now, max(0.0, now - permit.began))
-        if trips:
-            self._move(CircuitEvent.TRIPPED, now, error)
+    def _record(self, permit: Permit, failed: bool, now: float, asked: float | None = None) -> None:
+        if permit.successes != self._settled:
+            self.tally.settle(permit.successes - self._settled)
+            self._settled = permit.successes
+        if self.tally.record(failed, now, now - permit.began):
+            self._move(CircuitEvent.TRIPPED, now, asked)
         elif self.everyone is not None:
             self.everyone.steady = self.tally.steady
 
@@ -750,24 +777,7 @@ class Consecutive(_Combinable):
 
     def tally(self) -> Tally:
         """Begin to count."""
-        return _ConsecutiveTally(self.failures)
-
-
-class _ConsecutiveTally:
-    timed = False
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._failed = 0
-        self.steady = True
-
-    def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
-        self._failed = self._failed + 1 if failed else 0
-        self.steady = self._failed == 0
-        return self._failed >= self._limit
-
-    def settle(self, successes: int) -> None:
-        self._failed = 0
+        return _CountTally(1.0, self.failures, self.failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -795,11 +805,27 @@ class FailureRate(_Combinable):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        _check_rate(self.rate, self.window, self.least, self.seconds)
+        check_positive("rate", self.rate)
+        if self.rate > 1:
+            raise ValueError(f"rate must be at most 1, got {self.rate!r}")
+        if self.window is not None:
+            check_count("window", self.window)
+        if self.least is not None:
+            check_count("least", self.least)
+        window = self.window or WINDOW
+        if self.seconds is not None:
+            check_positive("seconds", self.seconds)
+            if self.window is not None:
+                raise ValueError(f"window must be None where seconds are given, got {window!r}")
+        elif self.least is not None and self.least > window:
+            raise ValueError(f"least must be at most the window of {window}, got {self.least!r}")
 
     def tally(self) -> Tally:
         """Begin to count."""
-        return _tally(self.rate, self.window, self.least, self.seconds)
+        if self.seconds is not None:
+            return _TimeTally(self.rate, self.seconds, self.least or WINDOW)
+        window = self.window or WINDOW
+        return _CountTally(self.rate, window, self.least or window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -828,37 +854,14 @@ class SlowCallRate(_Combinable):
 
     def __post_init__(self) -> None:
         check_positive("slower_than", self.slower_than)
-        _check_rate(self.rate, self.window, self.least, self.seconds)
+        self._rate()  # refuses bad numbers
+
+    def _rate(self) -> FailureRate:
+        return FailureRate(self.rate, self.window, self.least, self.seconds)
 
     def tally(self) -> Tally:
         """Begin to count."""
-        return _SlowTally(
-            self.slower_than, _tally(self.rate, self.window, self.least, self.seconds)
-        )
-
-
-def _check_rate(rate: float, window: int | None, least: int | None, seconds: float | None) -> None:
-    check_positive("rate", rate)
-    if rate > 1:
-        raise ValueError(f"rate must be at most 1, got {rate!r}")
-    if window is not None:
-        check_count("window", window)
-    if least is not None:
-        check_count("least", least)
-    if seconds is not None:
-        check_positive("seconds", seconds)
-        if window is not None:
-            raise ValueError(f"window must be None where seconds are given, got {window!r}")
-    elif least is not None and least > (window or WINDOW):
-        raise ValueError(f"least must be at most the window of {window or WINDOW}, got {least!r}")
-
-
-def _tally(
-    rate: float, window: int | None, least: int | None, seconds: float | None
-) -> _CountTally | _TimeTally:
-    if seconds is not None:
-        return _TimeTally(rate, seconds, least or WINDOW)
-    return _CountTally(rate, window or WINDOW, least or window or WINDOW)
+        return _SlowTally(self.slower_than, self._rate().tally())
 
 
 class _CountTally:
@@ -887,11 +890,12 @@ class _CountTally:
         # Where there are enough calls, or no bad ones, a success cannot raise the rate.
         self.steady = not bad or self._calls >= self._least
         looked_at = min(self._calls, self._window)
-        return looked_at >= self._least and len(bad) >= self._rate * looked_at
+        # Divided, as whoever writes 0.07 means 7 of 100; 0.07 * 100 is a little more than 7.
+        return looked_at >= self._least and len(bad) / looked_at >= self._rate
 
 
 class _TimeTally:
-    """The rate over the last seconds, as the sums of ten slots and the one that is filling."""
+    """The rate over the last seconds: that of ten slots and the one that is filling."""
 
     timed = steady = False
     slots = 10
@@ -900,26 +904,30 @@ class _TimeTally:
         self._rate = rate
         self._least = least
         self._slot = seconds / self.slots
-        self._sums: deque[list[int]] = deque()  # number of the slot, calls, bad ones
+        self._number = math.nan  # of the slot that is filling
         self._calls = self._bad = 0
+        # The number of each slot, and how many calls and bad ones there were before it.
+        self._begun: deque[tuple[float, int, int]] = deque()
 
     def settle(self, successes: int) -> None:
         raise NotImplementedError  # never steady
 
     def record(self, failed: bool, now: float, seconds: float = 0.0) -> bool:
-        sums, number = self._sums, math.floor(now / self._slot)
-        # Newer ones than now are of another loop's clock.
-        while sums and not number - self.slots <= sums[0][0] <= number:
-            _, calls, bad = sums.popleft()
-            self._calls -= calls
-            self._bad -= bad
-        if not sums or sums[-1][0] != number:
-            sums.append([number, 0, 0])
-        sums[-1][1] += 1
-        sums[-1][2] += failed
+        number = now // self._slot
+        if number != self._number:
+            self._begin(number)
         self._calls += 1
         self._bad += failed
-        return self._calls >= self._least and self._bad >= self._rate * self._calls
+        _, calls, bad = self._begun[0]
+        calls = self._calls - calls
+        return calls >= self._least and (self._bad - bad) / calls >= self._rate
+
+    def _begin(self, number: float) -> None:
+        self._number = number
+        self._begun.append((number, self._calls, self._bad))
+        # Newer ones than this are of another loop's clock.
+        while not number - self.slots <= self._begun[0][0] <= number:
+            self._begun.popleft()
 
 
 class _SlowTally:
@@ -928,7 +936,7 @@ class _SlowTally:
     timed = True
     steady = False
 
-    def __init__(self, slower_than: float, rate: _CountTally | _TimeTally) -> None:
+    def __init__(self, slower_than: float, rate: Tally) -> None:
         self._slower_than = slower_than
         self._rate = rate
 
@@ -1008,8 +1016,9 @@ class CircuitBreakers(Generic[K]):
     With one breaker for all hosts, one that is down closes the way to the others. Here
     ``breakers[key]`` makes one when it is first asked for. When there are too many, the one that
     was used the longest ago goes; a closed one first, since it forgets no more than a few failures.
-    If all are open, the oldest of those goes, which is logged and counted. One that nobody has used
-    for ``idle`` seconds goes, too, but not while it is open.
+    If the hundred used longest ago are all open, the oldest of those goes, which is counted, and
+    logged once a minute. One that nobody has used for ``idle`` seconds goes, too, but not while it
+    is open.
 
     Calls under way keep the breaker that let them through. It may be shared by threads.
 
@@ -1042,6 +1051,7 @@ class CircuitBreakers(Generic[K]):
         # Those used last are at the end, each with the time of that.
         self._breakers: OrderedDict[K, tuple[CircuitBreaker, float]] = OrderedDict()
         self._evicted = self._evicted_open = 0
+        self._silent_until = -math.inf
 
     def __getitem__(self, key: K) -> CircuitBreaker:
         """Return the breaker of ``key``; make it if there is none."""
@@ -1050,6 +1060,8 @@ class CircuitBreakers(Generic[K]):
             if entry is not None:
                 return self._use(key, entry[0])
         new = self._make(key)  # without the lock: who knows what it does
+        if not isinstance(new, CircuitBreaker):
+            raise TypeError(f"make must return a CircuitBreaker, got {new!r}")
         gone: list[tuple[K, CircuitState]] = []
         with self._lock:
             entry = self._breakers.get(key)
@@ -1087,30 +1099,41 @@ class CircuitBreakers(Generic[K]):
         )
 
     def _make_room(self, now: float) -> list[tuple[K, CircuitState]]:
-        gone = [key for key in self._unused(now) if self._state(key) is not CircuitState.OPEN]
-        if len(self._breakers) - len(gone) >= self._most:
-            closed = (key for key in self._breakers if self._state(key) is CircuitState.CLOSED)
-            gone.append(next(closed, next(iter(self._breakers))))
-        return [(key, self._drop(key)) for key in gone]
+        gone, passed = [], []
+        for key, (breaker, used) in [*islice(self._breakers.items(), LOOKED_AT)]:
+            full = len(self._breakers) >= self._most
+            idle = not 0 <= now - used < self._idle
+            if not full and not idle:
+                break
+            state = breaker.state
+            if state is CircuitState.CLOSED or (idle and state is not CircuitState.OPEN):
+                gone.append(self._drop(key, state))
+            else:
+                passed.append(key)
+        if len(self._breakers) >= self._most:
+            oldest = passed.pop(0)
+            gone.append(self._drop(oldest, self._breakers[oldest][0].state))
+        if len(passed) >= LOOKED_AT - 1:
+            for key in passed:  # so that others are looked at the next time
+                self._breakers.move_to_end(key)
+        return gone
 
-    def _unused(self, now: float) -> Iterable[K]:
-        for key, (_, used) in self._breakers.items():
-            if 0 <= now - used < self._idle:
-                return
-            yield key
-
-    def _state(self, key: K) -> CircuitState:
-        return self._breakers[key][0].state
-
-    def _drop(self, key: K) -> CircuitState:
-        state = self._breakers.pop(key)[0].state
+    def _drop(self, key: K, state: CircuitState) -> tuple[K, CircuitState]:
+        del self._breakers[key]
         self._evicted += 1
         self._evicted_open += state is not CircuitState.CLOSED
-        return state
+        return key, state
 
     def _tell(self, key: K, state: CircuitState) -> None:
-        if state is CircuitState.OPEN:
-            _log.warning("the open circuit breaker of %r was dropped: too many keys", key)
+        if state is CircuitState.OPEN and (now := _now()) >= self._silent_until:
+            self._silent_until = now + SILENCE
+            _log.warning(
+                "the open circuit breaker of %r was dropped: too many keys; %d so far, and more of "
+                "them are not logged for %g s",
+                key,
+                self._evicted_open,
+                SILENCE,
+            )
         if self.on_event is not None:
             notify(self.on_event, "circuit_breaker.evicted", key=key, state=state.value)
 
@@ -1119,9 +1142,19 @@ class _Unguarded(TypeError):  # noqa: N818 -- never seen under this name
     """A plain function turned out to be asynchronous; no fault of the service."""
 
 
-# The innermost ``with`` block that this task or thread is in, and the one around it, and so on.
-_Block: TypeAlias = "tuple[CircuitBreaker, Permit, _Block] | None"
-_entered: contextvars.ContextVar[_Block] = contextvars.ContextVar("entered", default=None)
+# A task or thread and the permits of the blocks that it is in. A task begun inside of a block gets
+# the context of that, so it must see that the list is not its own.
+_blocks: contextvars.ContextVar[Any] = contextvars.ContextVar("blocks", default=("nobody",))
+
+
+def _own_blocks() -> list[Any]:
+    loop = asyncio._get_running_loop()
+    owner = (loop and current_task(loop)) or threading.get_ident()
+    blocks: list[Any] = _blocks.get()
+    if blocks[0] != owner:
+        blocks = [owner]
+        _blocks.set(blocks)
+    return blocks
 
 
 def _now() -> float:
@@ -1129,6 +1162,17 @@ def _now() -> float:
     loop = asyncio._get_running_loop()  # one of the names that asyncio.events exports
     # What a real loop's clock shows is this, too.
     return time.monotonic() if loop is None else loop.time()
+
+
+def _time_asked_for(failures: list[BaseException]) -> float | None:
+    """Return the longest ``retry_after`` of several exceptions."""
+    times = []
+    for failure in failures:
+        with suppress(Exception):  # it may be a property, and raise
+            asked = getattr(failure, "retry_after", None)
+            if isinstance(asked, int | float) and asked > 0:  # NaN is not
+                times.append(asked)
+    return max(times, default=None)
 
 
 def _refuse_awaitable(fn: object, result: object) -> None:

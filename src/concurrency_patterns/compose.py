@@ -63,8 +63,9 @@ def compose(*policies: Policy) -> Composition:
         TypeError: If one of them has no ``async def call(fn, ...)``.
     """
     composition = Composition(policies)
-    for message in [*_bad_orders(composition.policies), *_waits_out(composition.policies)]:
-        warnings.warn(message, OrderWarning, stacklevel=2)
+    for find in (_bad_orders, _twice, _waits_out):
+        for message in find(composition.policies):
+            warnings.warn(message, OrderWarning, stacklevel=2)
     return composition
 
 
@@ -88,8 +89,9 @@ def standard(
     Args:
         *alternatives: Who is asked when all else has failed, as in
             :class:`~concurrency_patterns.fallback.Fallback`; nobody means no fallback.
-        on: The exceptions that are failures of the service. They are retried, counted by the
-            circuit breaker, and answered by the alternatives; all others pass through at once.
+        on: The exceptions that are failures of the service, beside :exc:`TimeoutError`. They are
+            retried, counted by the circuit breaker, and answered by the alternatives; all others
+            pass through at once. What a policy refuses by itself is not retried.
         timeout: The time for one attempt, in seconds.
         deadline: The time for a call with all its attempts and waits, in seconds.
         attempts: How many attempts a call has at most.
@@ -103,7 +105,7 @@ def standard(
         A policy; its ``policies`` are those named above.
 
     Raises:
-        ValueError: If a number is out of its range, or the deadline leaves no time for one attempt.
+        ValueError: If a number is out of its range, ``on`` is empty, or ``deadline`` too short.
 
     The order is that of Polly's standard resilience pipeline, but the slot comes before the token.
     """
@@ -111,14 +113,22 @@ def standard(
     check_positive("deadline", deadline)
     if deadline < timeout:
         raise ValueError(f"deadline must be at least timeout ({timeout!r}), got {deadline!r}")
-    kinds = on if isinstance(on, tuple) else (on,)
+    if on == ():
+        raise ValueError(f"on must name at least one exception type, got {on!r}")
+    failures = (*(on if isinstance(on, tuple) else (on,)), TimeoutError)
     policies: list[Policy] = []
     if alternatives:
-        policies.append(Fallback(*alternatives, on=(*kinds, TimeoutError, LocalRejection)))
+        policies.append(Fallback(*alternatives, on=(*failures, LocalRejection)))
     policies += [
         Timeout(deadline),
-        Retry(on=kinds, attempts=attempts, backoff=FullJitter(), budget=RetryBudget()),
-        CircuitBreaker(on=kinds, open_for=open_for),
+        Retry(
+            on=failures,
+            never=LocalRejection,
+            attempts=attempts,
+            backoff=FullJitter(),
+            budget=RetryBudget(),
+        ),
+        CircuitBreaker(on=failures, open_for=open_for),
         ConcurrencyLimiter(concurrency, max_queue=5 * concurrency),
     ]
     if rate is not None:
@@ -255,6 +265,20 @@ _BAD_ORDERS = [
         "at once, faster than the rate",
         "put the concurrency limiter outside of the token bucket",
     ),
+    _BadOrder(
+        "TokenBucket",
+        "Retry",
+        "only the first attempt takes a token, so that a service in trouble gets more calls than "
+        "the rate",
+        "put the retry outside of the token bucket",
+    ),
+    _BadOrder(
+        "ConcurrencyLimiter",
+        "Retry",
+        "a call keeps its slot while it waits for its next attempt, so that a few that fail keep "
+        "all others out",
+        "put the retry outside of the concurrency limiter",
+    ),
 ]
 
 
@@ -266,6 +290,17 @@ def _bad_orders(policies: tuple[Policy, ...]) -> list[str]:
         if outer and inner and outer[0] < inner[-1]:
             found.append(f"{bad.inner} inside {bad.outer}: {bad.harm}; {bad.cure}")
     return found
+
+
+def _twice(policies: tuple[Policy, ...]) -> list[str]:
+    """Find what lets a call in a limited number of times, and is passed twice by each."""
+    limited = [p for p in policies if _is_a(p, "ConcurrencyLimiter") or _is_a(p, "CircuitBreaker")]
+    return [
+        f"the same {type(policy).__name__} twice: each call enters it twice, so that it can stand "
+        "in its own way for ever; keep one of them"
+        for number, policy in enumerate(limited)
+        if policy in limited[:number]
+    ]
 
 
 def _waits_out(policies: tuple[Policy, ...]) -> list[str]:

@@ -26,6 +26,9 @@ __all__ = [
     "WorkerCrashed",
 ]
 
+# How far to look back from an exception to those before it; a chain may be a circle.
+CHAIN = 100
+
 
 class PatternError(Exception):
     """The root of all exceptions of this package."""
@@ -188,6 +191,29 @@ def check_loop(owner: object, bound: asyncio.AbstractEventLoop | None) -> asynci
         name = type(owner).__name__
         raise RuntimeError(f"this {name} is in use on another event loop; make one for each loop")
     return loop
+
+
+def comes_of_cancellation(error: BaseException) -> bool:
+    """Tell whether a function made ``error`` of a cancellation of its task.
+
+    Some clients turn every exception into one of their own, the :exc:`asyncio.CancelledError` too.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop in this thread
+        return False
+    # The count alone does not tell: before 3.13 a failed TaskGroup leaves it raised for good.
+    if task is None or not task.cancelling():
+        return False
+    cause: BaseException | None = error
+    for _ in range(CHAIN):
+        if isinstance(cause, asyncio.CancelledError):
+            return True
+        # A timeout makes its error of a cancellation that it has asked for itself.
+        if cause is None or isinstance(cause, TimeoutError):
+            return False
+        cause = cause.__context__
+    return False
 
 
 def notify(
