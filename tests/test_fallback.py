@@ -8,6 +8,7 @@ import functools
 import gc
 import math
 import random
+import sys
 import re
 import time
 import traceback
@@ -377,7 +378,13 @@ async def fails_after_a_group(key: str = "k") -> str:
     raise ConnectionError
 
 
-@pytest.mark.parametrize("failing", [fails_in_a_group, is_late_in_a_group, fails_after_a_group])
+# Before Python 3.13 what a group leaves behind looks like a cancellation once the group is gone.
+FAILED_GROUPS = [fails_in_a_group, is_late_in_a_group]
+if sys.version_info >= (3, 13):
+    FAILED_GROUPS.append(fails_after_a_group)
+
+
+@pytest.mark.parametrize("failing", FAILED_GROUPS)
 async def test_a_group_that_failed_is_no_cancellation(failing: Any) -> None:
     """A task group cancels the task that waits for it, which is not the end of the call."""
     assert await Fallback(replica).call(failing) == "replica k"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
+import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -193,26 +195,71 @@ def check_loop(owner: object, bound: asyncio.AbstractEventLoop | None) -> asynci
     return loop
 
 
-def comes_of_cancellation(error: BaseException) -> bool:
-    """Tell whether a function made ``error`` of a cancellation of its task.
-
-    Some clients turn every exception into one of their own, the :exc:`asyncio.CancelledError` too.
-    """
+def cancel_requests() -> int:
+    """Return how often the current task was cancelled, without having dealt with it."""
     try:
         task = asyncio.current_task()
     except RuntimeError:  # no event loop in this thread
+        return 0
+    return 0 if task is None else task.cancelling()
+
+
+def comes_of_cancellation(error: BaseException, before: int | None = None) -> bool:
+    """Tell whether a function made ``error`` of a cancellation of its task.
+
+    Some clients turn every exception into one of their own, the :exc:`asyncio.CancelledError` too.
+    (Before Python 3.13 a function that has dealt with a failed task group, and then fails in
+    another way, is taken for one that was cancelled.)
+
+    Args:
+        error: What the function raised.
+        before: What :func:`cancel_requests` was before the call, if that is known.
+    """
+    if sys.version_info < (3, 13):
+        _take_back_requests_of_groups(error)
+    if cancel_requests() <= (before or 0):
         return False
-    # The count alone does not tell: before 3.13 a failed TaskGroup leaves it raised for good.
-    if task is None or not task.cancelling():
-        return False
-    cause: BaseException | None = error
+    # A request from before the call may be nobody's business any more: then the error must tell.
+    return before is not None or _was_raised_for_cancellation(error)
+
+
+def _take_back_requests_of_groups(error: BaseException) -> None:
+    """Take back what failed task groups have left, as they do themselves from Python 3.13 on.
+
+    A group whose child fails while it waits for all of them cancels its own task, to wake it up.
+    Such a group is in the traceback of what it has raised: it stands in ``__aexit__``, and was not
+    brought there by a cancellation.
+    """
+    task = asyncio.current_task() if cancel_requests() else None
+    todo, seen = [error], set()
+    while todo and task is not None:
+        error = todo.pop()
+        if id(error) in seen or isinstance(error, asyncio.CancelledError):
+            continue  # what came before a cancellation does not explain it
+        seen.add(id(error))
+        todo += getattr(error, "exceptions", ())
+        todo += filter(None, (error.__cause__, error.__context__))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is not asyncio.TaskGroup.__aexit__.__code__:
+                continue
+            group, kind = frame.f_locals["self"], frame.f_locals["et"]
+            woken = group._parent_cancel_requested and kind is not asyncio.CancelledError
+            if woken and group._parent_task is task:
+                group._parent_cancel_requested = False
+                task.uncancel()
+
+
+def _was_raised_for_cancellation(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_was_raised_for_cancellation, error.exceptions))
+    earlier: BaseException | None = error
     for _ in range(CHAIN):
-        if isinstance(cause, asyncio.CancelledError):
+        if isinstance(earlier, asyncio.CancelledError):
             return True
         # A timeout makes its error of a cancellation that it has asked for itself.
-        if cause is None or isinstance(cause, TimeoutError):
+        if earlier is None or isinstance(earlier, TimeoutError):
             return False
-        cause = cause.__context__
+        earlier = earlier.__context__
     return False
 
 

@@ -12,7 +12,6 @@ import contextvars
 import functools
 import inspect
 import math
-import sys
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
@@ -20,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 from .errors import (
     DeadlineExceeded,
     LocalRejection,
+    cancel_requests,
     check_count,
     check_loop,
     check_positive,
     check_seconds,
+    comes_of_cancellation,
     notify,
 )
 from .timeout import move_on_after, without_deadline
@@ -197,11 +198,11 @@ class Fallback:
             Exception: What ``fn`` raised, if ``on`` does not name it; or the error of the last
                 alternative.
         """
-        requests = _cancel_requests()
+        requests = cancel_requests()
         try:
             value = await fn(*args, **kwargs)
         except Exception as error:
-            if not _matches(error, self._on) or _is_cancelled(error, requests):
+            if not _matches(error, self._on) or comes_of_cancellation(error, requests):
                 raise
             errors = [error]
         else:
@@ -218,11 +219,11 @@ class Fallback:
         Returns:
             The answer, whether it is degraded, and its source.
         """
-        requests = _cancel_requests()
+        requests = cancel_requests()
         try:
             value = await fn(*args, **kwargs)
         except Exception as error:
-            if not _matches(error, self._on) or _is_cancelled(error, requests):
+            if not _matches(error, self._on) or comes_of_cancellation(error, requests):
                 raise
             errors = [error]
         else:
@@ -257,7 +258,7 @@ class Fallback:
                 try:
                     value = await self._answer(alternative, args, kwargs)
                 except Exception as error:
-                    if _is_cancelled(error, requests):
+                    if comes_of_cancellation(error, requests):
                         raise
                     _link(error, errors[-1], self)
                     errors.append(error)
@@ -284,32 +285,6 @@ class Fallback:
             return await _call(alternative.fn, args, kwargs)
         message = f"{alternative.name} did not answer within {seconds} s"
         raise DeadlineExceeded(message, seconds=seconds)
-
-
-def _cancel_requests() -> int:
-    """Return how many requests to cancel the current task has not been rid of."""
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
-
-
-def _is_cancelled(error: BaseException, requests: int) -> bool:
-    """Tell whether ``error`` took the place of a cancellation that came after ``requests``."""
-    if _cancel_requests() <= requests:
-        return False
-    # Before Python 3.13 a task group that fails may leave a request of its own behind.
-    return sys.version_info >= (3, 13) or _hides_cancellation(error)
-
-
-def _hides_cancellation(error: BaseException | None) -> bool:
-    """Tell whether ``error`` was raised while a cancellation was handled."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(map(_hides_cancellation, error.exceptions))
-    # A time limit cancels, too, and takes its request back: behind its error is nothing of others.
-    while error is not None and not isinstance(error, TimeoutError):
-        if isinstance(error, asyncio.CancelledError):
-            return True
-        error = error.__context__
-    return False
 
 
 async def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

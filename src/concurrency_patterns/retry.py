@@ -15,10 +15,8 @@ import inspect
 import itertools
 import math
 import random
-import sys
 import threading
 import time
-import traceback
 import types
 from collections import deque
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -30,6 +28,7 @@ from .errors import (
     check_count,
     check_positive,
     check_seconds,
+    comes_of_cancellation,
     notify,
 )
 from .timeout import FailScope, remaining
@@ -582,7 +581,7 @@ class _Run:
         if (
             task is not None
             and task.cancelling() > self._cancelling
-            and _cancellations(task, error) > self._cancelling
+            and comes_of_cancellation(error, self._cancelling)
         ):  # even if the function made another exception of it
             return self._give_up(GaveUp.CANCELLED, error, now)
         return self._next_wait(error, error, now)
@@ -968,30 +967,3 @@ def _clock() -> Callable[[], float]:
 def _one_turn() -> Generator[None, None, None]:
     """Let the others run, in half the steps that asyncio.sleep(0) takes."""
     yield
-
-
-def _cancellations(task: asyncio.Task[Any], error: BaseException) -> int:
-    """Return how often others have cancelled ``task``.
-
-    A task group whose child fails while it waits for all of them cancels its own task, to wake it
-    up. Before Python 3.13 it leaves that to be found later; it is taken back here. Such a group is
-    in the traceback of what it has raised: it stands in ``__aexit__``, and was not brought there
-    by a cancellation.
-    """
-    todo, seen = [error], set()
-    while todo and sys.version_info < (3, 13):
-        error = todo.pop()
-        if id(error) in seen or isinstance(error, asyncio.CancelledError):
-            continue  # what came before a cancellation does not explain it
-        seen.add(id(error))
-        todo += getattr(error, "exceptions", ())
-        todo += filter(None, (error.__cause__, error.__context__))
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_code is not asyncio.TaskGroup.__aexit__.__code__:
-                continue
-            group, kind = frame.f_locals["self"], frame.f_locals["et"]
-            woken = group._parent_cancel_requested and kind is not asyncio.CancelledError
-            if woken and group._parent_task is task:
-                group._parent_cancel_requested = False
-                task.uncancel()
-    return task.cancelling()
