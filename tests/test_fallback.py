@@ -8,8 +8,8 @@ import functools
 import gc
 import math
 import random
-import sys
 import re
+import sys
 import time
 import traceback
 from dataclasses import dataclass
