@@ -523,10 +523,98 @@ async def test_batches_are_bounded_by_size_and_by_time():
 @pytest.mark.parametrize(
     "arguments", [{"max_size": 0, "max_wait": 1}, {"max_size": 1, "max_wait": -1}]
 )
-async def test_senseless_batches_are_refused(arguments):
-    """A batch of nothing and a negative wait are refused."""
+def test_senseless_batches_are_refused_at_once(arguments):
+    """A batch of nothing and a negative wait are refused before anything is received."""
     with pytest.raises(ValueError, match="max_"):
-        await anext(Channel(1).batches(**arguments))
+        Channel(1).batches(**arguments)
+
+
+async def test_a_cancelled_batch_leaves_its_items_in_the_channel():
+    """What a batch has gathered is still there, in order, when it is cancelled."""
+    channel = Channel(1)
+    handled = []
+
+    async def consume():
+        async for batch in channel.batches(max_size=5, max_wait=10):
+            handled.append(batch)
+
+    consumer = asyncio.create_task(consume())
+    for number in range(3):
+        await channel.send(number)
+    await asyncio.sleep(1)
+    seen = channel.statistics()
+    assert (seen.buffered, seen.received) == (3, 0)
+    consumer.cancel()
+    await asyncio.wait([consumer])
+    channel.close()
+
+    assert handled == []
+    assert [item async for item in channel] == [0, 1, 2]
+
+
+async def test_batches_go_on_after_a_timeout():
+    """A time-out of the caller ends one wait for a batch and not the iteration."""
+    channel = Channel(10)
+    batches = channel.batches(max_size=3, max_wait=10)
+    await channel.send(1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await anext(batches)
+    await channel.send(2)
+    channel.close()
+
+    assert [batch async for batch in batches] == [[1, 2]]
+
+
+async def test_a_cancelled_batch_gives_its_items_to_those_who_wait():
+    """Receivers behind a batch get what it had gathered, as if it had never been."""
+    channel = Channel(3)
+    batch = asyncio.create_task(anext(channel.batches(max_size=3, max_wait=10)))
+    for number in range(2):
+        await channel.send(number)
+    await asyncio.sleep(1)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(2)]
+    await asyncio.sleep(1)
+    batch.cancel()
+
+    assert await asyncio.gather(*receivers) == [0, 1]
+
+
+async def test_close_gives_out_every_batch_that_is_being_gathered():
+    """Two receivers of batches do not wait for each other when the channel is closed."""
+    channel = Channel(2)
+    loop = asyncio.get_running_loop()
+
+    async def consume():
+        return [batch async for batch in channel.batches(max_size=3, max_wait=10)]
+
+    consumers = [asyncio.create_task(consume()) for _ in range(2)]
+    waiting = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    for number in range(5):
+        await channel.send(number)
+        await asyncio.sleep(1)
+    start = loop.time()
+    channel.close()
+
+    assert await asyncio.gather(*consumers) == [[[1, 2]], [[3, 4]]]
+    assert loop.time() - start == 0.0
+    assert await waiting == 0  # the oldest item goes to whoever takes one first
+
+
+async def test_a_batch_may_be_larger_than_the_channel():
+    """What a batch gathers takes no place: senders go on until the batch is full."""
+    channel = Channel(1)
+
+    async def send():
+        for number in range(4):
+            await channel.send(number)
+
+    sender = asyncio.create_task(send())
+    async with asyncio.timeout(1):
+        assert await anext(channel.batches(max_size=3, max_wait=10)) == [0, 1, 2]
+    await sender
+    assert channel.statistics().buffered == 1
 
 
 async def test_an_item_that_arrives_as_a_batch_is_given_out_is_not_lost():

@@ -253,33 +253,25 @@ class Channel(Generic[T]):
         except ChannelClosed:
             raise StopAsyncIteration from None
 
-    async def batches(self, max_size: int, max_wait: float) -> AsyncIterator[list[T]]:
+    def batches(self, max_size: int, max_wait: float) -> AsyncIterator[list[T]]:
         """Receive items in batches, until the channel is closed and empty.
+
+        While a batch is gathered, its items stay in the channel without taking a place there; a
+        cancelled wait for a batch has taken nothing, and the iteration can go on after it.
 
         Args:
             max_size: How many items a batch holds at most.
             max_wait: How many seconds after its first item a batch is given out at the latest.
 
-        Yields:
-            Batches of at least one item.
+        Returns:
+            An iterator over batches of at least one item.
 
         Raises:
             ValueError: If ``max_size`` is below 1, or ``max_wait`` negative or not finite.
         """
         check_count("max_size", max_size)
         check_seconds("max_wait", max_wait)
-        async for first in self:
-            batch = [first]
-            try:
-                async with asyncio.timeout(max_wait) as scope:
-                    while len(batch) < max_size:
-                        batch.append(await self.receive())
-            except ChannelClosed:
-                pass
-            except TimeoutError:
-                if not scope.expired():
-                    raise
-            yield batch
+        return _Batches(self, max_size, max_wait)
 
     def sender(self) -> Sender[T]:
         """Return one of several senders; when the last of them is closed, the channel closes.
@@ -385,10 +377,69 @@ class Channel(Generic[T]):
 
     def _give_up_item(self, waiter: asyncio.Future[None]) -> None:
         if not _leave(self._receivers, waiter):
-            self._promised -= 1
-            self._room -= 1  # the item takes its place again
+            self._give_up_items(1)
+
+    def _give_up_items(self, count: int) -> None:
+        self._promised -= count
+        self._room -= count  # they take their places again
+        for _ in range(count):
             self._offer_item()
-            self._note_peak()
+        self._note_peak()
+
+    async def _gather_item(self) -> None:
+        """Have an item promised to the caller."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind()
+        if len(self._buffer) > self._promised:
+            self._promised += 1
+            self._room += 1
+            self._offer_slot()
+            return
+        if self._closed:
+            raise ChannelClosed(self._closed)
+        waiter = loop.create_future()
+        self._receivers.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self._give_up_item(waiter)
+            raise
+
+    def _take_items(self, count: int) -> list[T]:
+        """Take what was promised by :meth:`_gather_item`, all in one step."""
+        self._promised -= count
+        self._room -= count
+        return [self._buffer.popleft() for _ in range(count)]
+
+
+class _Batches(Generic[T]):
+    """The batches of a channel: no generator, for that would end with its first time-out."""
+
+    def __init__(self, channel: Channel[T], max_size: int, max_wait: float) -> None:
+        self._channel = channel
+        self._max_size = max_size
+        self._max_wait = max_wait
+
+    def __aiter__(self) -> _Batches[T]:
+        return self
+
+    async def __anext__(self) -> list[T]:
+        gathered = 0
+        try:
+            await self._channel._gather_item()
+            gathered = 1
+            async with asyncio.timeout(self._max_wait):
+                while gathered < self._max_size:
+                    await self._channel._gather_item()
+                    gathered += 1
+        except (ChannelClosed, TimeoutError):
+            if not gathered:
+                raise StopAsyncIteration from None
+        except BaseException:
+            self._channel._give_up_items(gathered)
+            raise
+        return self._channel._take_items(gathered)
 
 
 class _End(Generic[T]):
