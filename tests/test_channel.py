@@ -128,6 +128,40 @@ async def test_t9_close_wakes_every_waiting_sender_and_keeps_what_was_sent():
     assert [item async for item in channel] == ["kept"]
 
 
+async def test_t9_a_receiver_of_a_closed_channel_ends_when_the_last_item_is_taken():
+    """T9: what is promised to one receiver keeps the others until it has been taken."""
+    channel = Channel(2)
+    first, second = (asyncio.create_task(channel.receive()) for _ in range(2))
+    await asyncio.sleep(0)
+    channel.send_nowait("last")
+    channel.close()
+    with pytest.raises(ChannelEmpty):
+        channel.receive_nowait()
+
+    assert await first == "last"
+    with pytest.raises(ChannelClosed):
+        await second
+
+
+async def test_t9_what_was_promised_as_the_channel_closed_is_not_left_in_it():
+    """T9: each receiver of a closed channel waits for what the ones before it do not take."""
+    channel = Channel(2)
+    received = {}
+
+    async def receive(name):
+        received[name] = [item async for item in channel]
+
+    cancelled, waiting = (asyncio.create_task(receive(name)) for name in "ab")
+    await asyncio.sleep(0)
+    channel.send_nowait("last")
+    channel.close()
+    late = asyncio.create_task(receive("c"))
+    cancelled.cancel()
+    await asyncio.wait([cancelled, waiting, late])
+
+    assert received == {"b": ["last"], "c": []}
+
+
 async def test_t42_closing_twice_does_nothing():
     """T42: the second close changes nothing, and neither does one with nobody waiting."""
     channel = Channel(1)
@@ -259,6 +293,50 @@ def test_cancelled_at_any_step_an_item_is_handed_over_or_still_there():
                 group.create_task(traffic.receive())
 
     assert explore_cancellation(Traffic, scenario, Traffic.whole) > 30
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_cancelled_at_any_step_a_closed_channel_is_emptied(in_batches):
+    """T2, T9: while one receiver is left, it gets all that was sent before the close."""
+
+    class Traffic:
+        def __init__(self):
+            self.channel = Channel(2)
+            self.sent = []
+            self.received = []
+            self.ended = 0
+
+        async def send(self):
+            for number in range(5):
+                await self.channel.send(number)
+                self.sent.append(number)
+                if number < 4:
+                    await asyncio.sleep(0.5 * (number % 2))
+            self.channel.close()  # in the step in which the last one is promised
+
+        async def receive(self):
+            async for item in self.channel:
+                self.received.append(item)
+            self.ended += 1
+
+        async def receive_batches(self):
+            async for batch in self.channel.batches(max_size=2, max_wait=1):
+                self.received += batch
+            self.ended += 1
+
+        def whole(self):
+            left = list(self.channel._buffer)
+            conserved = sorted(self.received + left) == self.sent
+            return conserved and not (left and self.ended)
+
+    async def scenario(traffic):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(traffic.receive_batches() if in_batches else traffic.receive())
+            group.create_task(traffic.receive())
+            sender = group.create_task(traffic.send())
+            sender.add_done_callback(lambda _: traffic.channel.close())
+
+    assert explore_cancellation(Traffic, scenario, Traffic.whole) > 40
 
 
 async def test_an_item_that_its_receiver_did_not_take_counts_for_the_peak():

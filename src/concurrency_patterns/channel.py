@@ -97,7 +97,8 @@ class Channel(Generic[T]):
 
     # An item stays in the buffer until the very step in which its receiver returns it. A task
     # that is woken is only promised an item or a slot; if it is cancelled before it runs, the
-    # promise goes to the next in line, and nothing was in flight that could have been lost.
+    # promise goes to the next in line, and nothing was in flight that could have been lost. So
+    # a receiver of a closed channel waits until all that is promised to others has been taken.
 
     def __init__(
         self,
@@ -123,6 +124,7 @@ class Channel(Generic[T]):
         self._room: float = capacity
         self._senders: deque[asyncio.Future[None]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
+        self._gathering: deque[asyncio.Future[None]] = deque()  # those whose batch has begun
         self._open_senders = 0
         self._open_receivers = 0
         self._closed = ""  # why
@@ -200,7 +202,7 @@ class Channel(Generic[T]):
             self._bind()
         buffer = self._buffer
         if len(buffer) <= self._promised:
-            if self._closed:
+            if self._closed and not buffer:
                 raise ChannelClosed(self._closed)
             waiter = loop.create_future()
             self._receivers.append(waiter)
@@ -211,6 +213,8 @@ class Channel(Generic[T]):
                 raise
             self._promised -= 1  # the promise is kept
             self._room -= 1
+            if self._closed and len(buffer) == 1:
+                _refuse(self._receivers, self._closed)
         item = buffer.popleft()
         if self._senders and len(buffer) < self._room:
             self._offer_slot()
@@ -230,7 +234,7 @@ class Channel(Generic[T]):
             item = self._buffer.popleft()
             self._offer_slot()
             return item
-        if self._closed:
+        if self._closed and not self._buffer:
             raise ChannelClosed(self._closed)
         raise ChannelEmpty("the channel holds no item that is not promised")
 
@@ -308,6 +312,7 @@ class Channel(Generic[T]):
         self._loop = check_loop(self, self._loop)
         self._senders.clear()  # whoever waited on a loop that is gone waits no longer
         self._receivers.clear()
+        self._gathering.clear()
         self._promised = 0
         self._room = -math.inf if self._closed else self._capacity
 
@@ -315,11 +320,10 @@ class Channel(Generic[T]):
         first = not self._closed
         self._closed = self._closed or reason
         self._room = -math.inf
-        for line in (self._senders, self._receivers):
-            while line:
-                waiter = line.popleft()
-                if not waiter.done():
-                    waiter.set_exception(ChannelClosed(reason))
+        _refuse(self._senders, reason)
+        _refuse(self._gathering, reason)  # a batch that has begun waits for nothing more
+        if not self._buffer:
+            _refuse(self._receivers, reason)
         if first:
             notify(self.on_event, "channel.closed")
 
@@ -386,8 +390,8 @@ class Channel(Generic[T]):
             self._offer_item()
         self._note_peak()
 
-    async def _gather_item(self) -> None:
-        """Have an item promised to the caller."""
+    async def _gather_item(self, *, first: bool) -> None:
+        """Have an item promised to the caller, the ``first`` of a batch or one more."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._bind()
@@ -396,21 +400,29 @@ class Channel(Generic[T]):
             self._room += 1
             self._offer_slot()
             return
-        if self._closed:
+        if self._closed and not (first and self._buffer):
             raise ChannelClosed(self._closed)
         waiter = loop.create_future()
         self._receivers.append(waiter)
+        if not first:
+            self._gathering.append(waiter)
         try:
             await waiter
         except asyncio.CancelledError:
             self._give_up_item(waiter)
             raise
+        finally:
+            if waiter in self._gathering:
+                self._gathering.remove(waiter)
 
     def _take_items(self, count: int) -> list[T]:
         """Take what was promised by :meth:`_gather_item`, all in one step."""
         self._promised -= count
         self._room -= count
-        return [self._buffer.popleft() for _ in range(count)]
+        items = [self._buffer.popleft() for _ in range(count)]
+        if self._closed and not self._buffer:
+            _refuse(self._receivers, self._closed)
+        return items
 
 
 class _Batches(Generic[T]):
@@ -427,11 +439,11 @@ class _Batches(Generic[T]):
     async def __anext__(self) -> list[T]:
         gathered = 0
         try:
-            await self._channel._gather_item()
+            await self._channel._gather_item(first=True)
             gathered = 1
             async with asyncio.timeout(self._max_wait):
                 while gathered < self._max_size:
-                    await self._channel._gather_item()
+                    await self._channel._gather_item(first=False)
                     gathered += 1
         except (ChannelClosed, TimeoutError):
             if not gathered:
@@ -523,6 +535,14 @@ def _leave(line: deque[asyncio.Future[None]], waiter: asyncio.Future[None]) -> b
             line.remove(waiter)
         return True
     return waiter.exception() is not None
+
+
+def _refuse(line: deque[asyncio.Future[None]], reason: str) -> None:
+    """Tell all in a line that they wait in vain."""
+    while line:
+        waiter = line.popleft()
+        if not waiter.done():
+            waiter.set_exception(ChannelClosed(reason))
 
 
 async def produce_consume(
