@@ -729,6 +729,20 @@ async def test_produce_consume_tells_what_was_not_handled():
     assert sorted(handled + unhandled) == read
 
 
+async def test_produce_consume_adds_to_what_the_list_holds():
+    """A list that is not empty keeps what it holds, and does not count as a failure."""
+    unhandled = ["from before"]
+    await produce_consume(range(3), asyncio.sleep, consumers=2, unhandled=unhandled)
+    assert unhandled == ["from before"]
+
+    async def fail(item):
+        raise OSError(item)
+
+    with pytest.raises(ExceptionGroup):
+        await produce_consume([1], fail, consumers=1, unhandled=unhandled)
+    assert unhandled == ["from before", 1]
+
+
 def test_cancelled_at_any_step_no_item_of_produce_consume_is_lost():
     """T2: whichever task is cancelled, every item that was read is handled or told."""
 

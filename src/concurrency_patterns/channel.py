@@ -571,7 +571,7 @@ async def produce_consume(
     """
     check_count("consumers", consumers)
     channel: Channel[T] = Channel(capacity)
-    left: list[T] = [] if unhandled is None else unhandled
+    left: list[T] = []
 
     async def produce() -> None:
         async with aclosing(_each(source)) as items:
@@ -600,6 +600,8 @@ async def produce_consume(
                 consumer.add_done_callback(functools.partial(_close, channel.receiver()))
     finally:
         left.extend(channel._buffer)
+        if unhandled is not None:
+            unhandled.extend(left)
     if left:
         raise PatternError(f"{len(left)} items were not handled: a consumer was cancelled")
 
