@@ -559,6 +559,23 @@ async def test_a_full_channel_drops_and_tells_what(overflow, kept, dropped):
     assert channel.statistics().dropped == 3
 
 
+async def test_what_on_drop_raises_is_logged_and_the_item_is_sent(caplog):
+    """A failing on_drop harms neither the sender nor the listener to events."""
+
+    def fail(item):
+        raise OSError(item)
+
+    channel = Channel(1, overflow="drop_oldest", on_drop=fail)
+    told = []
+    channel.on_event = lambda kind, data: told.append((kind, data["item"]))
+    for number in range(2):
+        await channel.send(number)
+
+    assert channel.receive_nowait() == 1
+    assert told == [("channel.dropped", 0)]
+    assert "OSError" in caplog.text
+
+
 async def test_a_full_channel_can_reject_at_once():
     """With the policy reject, a send into a full channel raises instead of waiting."""
     channel = Channel(1, overflow="reject")

@@ -20,6 +20,7 @@ from .errors import (
     check_loop,
     check_seconds,
     notify,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Channel(Generic[T]):
         overflow: What :meth:`send` does when it is full: ``"wait"`` for room, ``"reject"`` the
             item with :exc:`~concurrency_patterns.errors.QueueFull`, ``"drop_oldest"`` to make
             room, or ``"drop_newest"``, which is the item itself.
-        on_drop: Called with each item that is dropped.
+        on_drop: Called with each item that is dropped; what it raises is logged.
 
     Attributes:
         on_event: Called with the kind and the data of an event: ``channel.dropped`` (``item``),
@@ -350,7 +351,7 @@ class Channel(Generic[T]):
             self._sent -= 1
             self._put(item)
         if self._on_drop is not None:
-            self._on_drop(dropped)
+            tell(self._on_drop, dropped)
         notify(self.on_event, "channel.dropped", item=dropped)
 
     def _offer_slot(self) -> None:
