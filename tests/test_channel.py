@@ -258,6 +258,38 @@ def test_use_from_a_second_running_loop_is_refused():
     assert refused == ["this Channel is in use on another event loop; make one for each loop"]
 
 
+@pytest.mark.parametrize("use", ["send_nowait", "receive_nowait", "close"])
+async def test_use_from_another_thread_is_refused(use):
+    """A thread beside the running loop gets a clear error, and nothing has changed."""
+    channel = Channel(2)
+    await channel.send("item")
+    before = channel.statistics()
+    arguments = ["another"] if use == "send_nowait" else []
+
+    with pytest.raises(RuntimeError, match="this Channel .*call_soon_threadsafe"):
+        await asyncio.to_thread(getattr(channel, use), *arguments)
+    assert channel.statistics() == before
+
+
+async def test_a_callback_of_the_loop_may_use_a_channel():
+    """Where no task runs, on the loop itself, the forms that do not wait can be used."""
+    channel = Channel(1)
+    asyncio.get_running_loop().call_later(1, channel.send_nowait, "item")
+    asyncio.get_running_loop().call_later(2, channel.close)
+
+    assert [item async for item in channel] == ["item"]
+
+
+def test_without_a_running_loop_a_channel_can_be_filled_and_emptied():
+    """What does not wait needs no event loop, before the first and after the last."""
+    channel = Channel(2)
+    channel.send_nowait("before")
+    assert run_virtual(channel.receive()) == "before"
+    channel.send_nowait("after")
+    channel.close()
+    assert channel.receive_nowait() == "after"
+
+
 def test_cancelled_at_any_step_an_item_is_handed_over_or_still_there():
     """T2: whichever task is cancelled at whichever step, no item is lost or doubled."""
 

@@ -19,6 +19,7 @@ from .errors import (
     check_count,
     check_loop,
     check_seconds,
+    check_thread,
     notify,
     tell,
 )
@@ -182,6 +183,7 @@ class Channel(Generic[T]):
             QueueFull: If the channel is full, or others wait for room.
             ChannelClosed: If the channel is closed.
         """
+        check_thread(self, self._loop)
         if len(self._buffer) < self._room:
             self._put(item)
         elif self._closed:
@@ -231,6 +233,7 @@ class Channel(Generic[T]):
             ChannelEmpty: If there is none, or others wait for it.
             ChannelClosed: If the channel is closed and empty.
         """
+        check_thread(self, self._loop)
         if len(self._buffer) > self._promised:
             item = self._buffer.popleft()
             self._offer_slot()
@@ -318,6 +321,7 @@ class Channel(Generic[T]):
         self._room = -math.inf if self._closed else self._capacity
 
     def _close(self, reason: str) -> None:
+        check_thread(self, self._loop)
         first = not self._closed
         self._closed = self._closed or reason
         self._room = -math.inf
