@@ -46,7 +46,8 @@ class ChannelStatistics:
 
     Attributes:
         capacity: How many items the channel may hold.
-        buffered: How many it holds now.
+        buffered: How many it holds now; more than ``capacity`` while a batch is gathered, or if a
+            receiver was cancelled as an item was handed to it.
         peak: The most it has ever held.
         sent: How many items were sent into it.
         received: How many of them were taken out.
@@ -284,7 +285,9 @@ class Channel(Generic[T]):
     def sender(self) -> Sender[T]:
         """Return one of several senders; when the last of them is closed, the channel closes.
 
-        Make all of them before the first one can be closed.
+        Make all of them before the first one can be closed. A task that is cancelled before its
+        first step never reaches its ``with``: to close a sender with its task whatever happens,
+        write ``task.add_done_callback(lambda _: sender.close())``.
         """
         self._open_senders += 1
         return Sender(self)
@@ -561,14 +564,16 @@ async def produce_consume(
     """Handle every item of a source, several at a time, and end when all are handled.
 
     The source is read only as fast as the consumers keep up: at most ``capacity`` items wait.
+    Each consumer is one task: a context variable that ``handle`` sets is still set when the same
+    consumer handles its next item.
 
     Args:
         source: The items; an iterable or an asynchronous one, also an endless one.
         handle: Called with each item, exactly once.
         consumers: How many items are handled at the same time.
         capacity: How many items may wait between the source and the consumers.
-        unhandled: A list that receives, if something fails or is cancelled, the items that were
-            read from the source and whose ``handle`` did not return.
+        unhandled: A list to which are added, if something fails or is cancelled, the items that
+            were read from the source and whose ``handle`` did not return.
 
     Raises:
         ExceptionGroup: If the source or ``handle`` raises. Everything else is cancelled first.
