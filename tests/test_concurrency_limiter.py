@@ -173,6 +173,74 @@ async def test_release_without_acquire_is_an_error():
         ConcurrencyLimiter(1).release()
 
 
+@pytest.mark.parametrize("weight", [0, -5, 1.5, math.nan, 1.0, True, "2"])
+@pytest.mark.parametrize("use", ["acquire", "try_acquire", "release"])
+async def test_a_weight_that_is_no_whole_number_from_one_is_refused(use, weight):
+    """A bad weight is refused at once, by release too, and nothing has changed."""
+    limiter = ConcurrencyLimiter(5)
+    await limiter.acquire(2)
+    kind = ValueError if type(weight) is int else TypeError
+
+    with pytest.raises(kind, match="weight must be"):
+        done = getattr(limiter, use)(weight)
+        await done
+    assert limiter.statistics().in_use == 2
+
+
+@pytest.mark.parametrize("someone", ["waits", "drains"])
+async def test_release_from_another_thread_is_refused(someone):
+    """Where somebody would have to be woken, another thread gets a clear error."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    waiting = asyncio.create_task(limiter.acquire() if someone == "waits" else limiter.drain())
+    await asyncio.sleep(0)
+    before = limiter.statistics()
+
+    for use in (limiter.release, limiter.close, lambda: limiter.resize(2)):
+        with pytest.raises(RuntimeError, match="this ConcurrencyLimiter .*call_soon_threadsafe"):
+            await asyncio.to_thread(use)
+    assert limiter.statistics() == before
+    asyncio.get_running_loop().call_soon(limiter.release)
+    await waiting
+
+
+async def test_a_waiter_that_is_cancelled_is_out_of_the_line_at_once():
+    """In the very step of its cancellation, it stands in nobody's way."""
+    limiter = ConcurrencyLimiter(4)
+    await limiter.acquire(2)
+    cancelled = asyncio.create_task(limiter.acquire(4))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+
+    limiter.resize(2)
+    limiter.resize(4)
+    assert limiter.try_acquire()
+
+
+@pytest.mark.parametrize(("weight", "seconds"), [(1, 0.0), (3, 1.0)])
+async def test_a_newcomer_takes_the_place_of_a_cancelled_waiter(weight, seconds):
+    """A line in which the only waiter has just been cancelled is not full."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    limiter = ConcurrencyLimiter(3, max_queue=1)
+    await limiter.acquire(2)
+    cancelled = asyncio.create_task(limiter.acquire(2))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    loop.call_later(1, limiter.release, 2)
+
+    await limiter.acquire(weight)
+    assert loop.time() - start == seconds
+    assert limiter.statistics().rejected == 0
+
+
+async def test_the_repr_tells_the_bounds_that_are_set():
+    """The repr is the expression that made the limiter, without what is the default."""
+    assert repr(ConcurrencyLimiter(3)) == "ConcurrencyLimiter(limit=3)"
+    bounded = ConcurrencyLimiter(3, max_queue=0, max_wait=0.5)
+    assert repr(bounded) == "ConcurrencyLimiter(limit=3, max_queue=0, max_wait=0.5)"
+
+
 async def test_an_error_inside_gives_the_slot_back_and_comes_out_as_it_is():
     """The caller's own exception passes through, and the slot is free again."""
     limiter = ConcurrencyLimiter(1)
@@ -395,6 +463,26 @@ async def test_the_run_time_counts_each_slot_and_those_still_in_use():
     await waiting
     await asyncio.sleep(1)
     assert (limiter.statistics().runs, limiter.statistics().run_time) == (3, 9.0)
+
+
+def test_the_times_add_up_over_successive_loops():
+    """All counts go on with the next loop; slots still held at the end of one were in use."""
+    limiter = ConcurrencyLimiter(1, timed=True)
+
+    async def use():
+        async with limiter:
+            await asyncio.sleep(2)
+
+    async def main():
+        await asyncio.gather(use(), use())
+        await limiter.acquire()
+        await asyncio.sleep(3)
+
+    for _ in range(2):
+        run_virtual(main())
+    run_virtual(use())
+    seen = limiter.statistics()
+    assert (seen.runs, seen.run_time, seen.waits, seen.wait_time) == (7, 16.0, 2, 4.0)
 
 
 async def test_without_timed_nothing_reads_the_clock():
