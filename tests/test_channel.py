@@ -211,6 +211,12 @@ async def test_statistics_tell_what_went_through():
     await waiting
     assert channel.statistics().received == 1
 
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert channel.statistics().waiting_receivers == 1
+    channel.close()
+    await asyncio.wait(receivers)
+
 
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_capacity_below_one_is_refused(capacity):
@@ -237,6 +243,22 @@ def test_t34_one_channel_serves_three_loops_one_after_the_other():
         return await receiver
 
     assert [run_virtual(pass_through(item)) for item in "abc"] == ["a", "b", "c"]
+
+
+def test_t34_what_was_promised_on_a_loop_that_is_gone_is_free_again():
+    """T34: a receiver that never woke on the old loop holds no item and no place on the next."""
+    channel = Channel(1)
+    old = VirtualTimeLoop()
+    receiver = old.create_task(channel.receive())
+    old.run_until_complete(asyncio.sleep(0))
+    channel.send_nowait("item")
+    old.close()
+
+    assert run_virtual(channel.receive()) == "item"
+    channel.send_nowait("another")
+    with pytest.raises(QueueFull):
+        channel.send_nowait("too much")
+    receiver._log_destroy_pending = False  # it is meant to be left behind
 
 
 def test_use_from_a_second_running_loop_is_refused():
@@ -385,6 +407,34 @@ async def test_an_item_that_its_receiver_did_not_take_counts_for_the_peak():
     assert (seen.buffered, seen.peak) == (1, 1)
 
 
+async def test_an_item_that_its_receiver_did_not_take_takes_its_place_again():
+    """A channel that is full of what a cancelled receiver left refuses to take more."""
+    channel = Channel(1)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    channel.send_nowait("promised")
+    receiver.cancel()
+    await asyncio.sleep(0)
+
+    with pytest.raises(QueueFull):
+        channel.send_nowait("too much")
+    assert channel.receive_nowait() == "promised"
+
+
+async def test_t9_a_sender_that_was_about_to_send_is_told_of_the_close():
+    """T9: nothing gets into a closed channel, not even what has been promised a place."""
+    channel = Channel(1)
+    await channel.send("first")
+    sender = asyncio.create_task(channel.send("second"))
+    await asyncio.sleep(0)
+    assert channel.receive_nowait() == "first"
+    channel.close()
+
+    with pytest.raises(ChannelClosed):
+        await sender
+    assert channel.statistics().buffered == 0
+
+
 async def test_the_chapters_workload_20_items_through_3_consumers():
     """20 items through 3 consumers: each is handled exactly once, and the program ends."""
     handled = []
@@ -423,6 +473,44 @@ async def test_produce_consume_reads_the_source_only_as_fast_as_it_is_handled():
         async with asyncio.timeout(4.5):
             await produce_consume(source(), handle, consumers=2, capacity=3)
     assert len(read) <= len(handled) + 3 + 1
+
+
+async def test_t10_a_producer_learns_that_its_last_consumer_was_cancelled():
+    """T10: when all consumers are gone, a producer that waits for room is told."""
+    unhandled = []
+
+    async def handle(item):
+        await asyncio.sleep(3600)
+
+    run = asyncio.create_task(
+        produce_consume(range(9), handle, consumers=1, capacity=2, unhandled=unhandled)
+    )
+    await asyncio.sleep(1)
+    (consumer,) = (task for task in asyncio.all_tasks() if task.get_name() == "consumer 0")
+    consumer.cancel()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await run
+    assert caught.group_contains(ChannelClosed, match="all receivers are closed")
+    assert sorted(unhandled) == [0, 1, 2, 3]
+
+
+async def test_a_consumer_that_is_cancelled_at_the_end_is_no_silent_loss():
+    """When the source has ended, too, an item that was not handled is an error."""
+
+    async def handle(item):
+        await asyncio.sleep(3600)
+
+    run = asyncio.create_task(produce_consume(range(2), handle, consumers=2))
+    await asyncio.sleep(1)
+    (consumer,) = (task for task in asyncio.all_tasks() if task.get_name() == "consumer 0")
+    consumer.cancel()
+    await asyncio.sleep(1)
+    (consumer,) = (task for task in asyncio.all_tasks() if task.get_name() == "consumer 1")
+    consumer.cancel()
+
+    with pytest.raises(PatternError, match="2 items were not handled"):
+        await run
 
 
 async def test_t10_a_consumers_crash_ends_the_producer_with_its_own_exception():
@@ -679,10 +767,11 @@ async def test_a_cancelled_batch_leaves_its_items_in_the_channel():
     assert [item async for item in channel] == [0, 1, 2]
 
 
-async def test_batches_go_on_after_a_timeout():
+@pytest.mark.parametrize("max_wait", [10, 1])
+async def test_batches_go_on_after_a_timeout(max_wait):
     """A time-out of the caller ends one wait for a batch and not the iteration."""
     channel = Channel(10)
-    batches = channel.batches(max_size=3, max_wait=10)
+    batches = channel.batches(max_size=3, max_wait=max_wait)
     await channel.send(1)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):

@@ -84,6 +84,21 @@ async def test_t1_release_then_cancel_the_woken_waiter_in_the_same_step():
     limiter.release()
 
 
+async def test_t1_a_heavy_waiter_cancelled_as_it_is_granted_gives_all_its_slots_back():
+    """T1: the slots of a cancelled waiter go to those behind it, as many as it would have had."""
+    limiter = ConcurrencyLimiter(3)
+    await limiter.acquire(3)
+    heavy = asyncio.create_task(limiter.acquire(2))
+    light = [asyncio.create_task(limiter.acquire()) for _ in range(3)]
+    await asyncio.sleep(0)
+    limiter.release(3)
+    heavy.cancel()
+
+    async with asyncio.timeout(1):
+        await asyncio.gather(*light)
+    assert limiter.statistics().in_use == 3
+
+
 @pytest.mark.parametrize("max_wait", [None, 1.5])
 def test_t2_cancelled_at_any_step_no_slot_is_lost(max_wait):
     """T2: whichever task is cancelled at whichever step, all slots come back."""
@@ -436,6 +451,53 @@ async def test_a_cancelled_drain_does_not_harm_another_one():
         await drains[1]
 
 
+async def test_drain_waits_for_those_who_came_in_the_meantime():
+    """Who gets in before the drain has woken is waited for, too."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    drain = asyncio.create_task(limiter.drain())
+    await asyncio.sleep(0)
+    limiter.release()
+    assert limiter.try_acquire()
+    await asyncio.sleep(1)
+
+    assert not drain.done()
+    limiter.release()
+    await drain
+
+
+async def test_drain_waits_for_those_in_line():
+    """Who waits is let in, and waited for; whoever gives up or is refused is not."""
+    limiter = ConcurrencyLimiter(1, max_wait=3)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def use(seconds):
+        async with limiter:
+            await asyncio.sleep(seconds)
+
+    users = [asyncio.create_task(use(2)) for _ in range(4)]
+    await asyncio.sleep(0)
+    loop.call_later(1, users[1].cancel)
+    await limiter.drain()
+
+    assert loop.time() - start == 4.0
+    outcomes = await asyncio.gather(*users, return_exceptions=True)
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        "NoneType",
+        "CancelledError",
+        "NoneType",
+        "ConcurrencyLimitExceeded",
+    ]
+
+
+def test_t34_drain_does_not_wait_for_what_was_held_on_a_loop_that_is_gone():
+    """T34: a slot that was never given back ends with its event loop."""
+    limiter = ConcurrencyLimiter(1)
+    run_virtual(limiter.acquire())
+    run_virtual(limiter.drain())
+
+
 async def test_waiting_and_running_are_counted_apart():
     """A timed limiter tells how long callers waited for slots, and how long they used them."""
     limiter = ConcurrencyLimiter(1, timed=True)
@@ -524,6 +586,21 @@ async def test_each_waiter_expires_at_its_own_time():
     limiter.release()
     await granted
     assert await last == ("wait", 5.0)
+
+
+async def test_t3_a_heavy_head_that_expires_lets_the_light_ones_in_at_once():
+    """T3: when the wait of the heavy head is over, those behind it that fit go in."""
+    limiter = ConcurrencyLimiter(3, max_wait=2)
+    await limiter.acquire(2)
+    heavy = asyncio.create_task(limiter.acquire(3))
+    await asyncio.sleep(1)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    await limiter.acquire()
+    assert loop.time() - start == 1.0
+    with pytest.raises(ConcurrencyLimitExceeded):
+        await heavy
 
 
 class LimiterMachine(RuleBasedStateMachine):

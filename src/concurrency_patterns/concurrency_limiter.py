@@ -230,7 +230,9 @@ class ConcurrencyLimiter:
                 return
         self._give_back(weight)
         self._grant()
-        self._tell_if_empty()
+        if self._emptied is not None and not self._in_use:
+            self._emptied.set_result(None)
+            self._emptied = None
 
     __aenter__ = acquire
 
@@ -306,9 +308,12 @@ class ConcurrencyLimiter:
 
     async def drain(self) -> None:
         """Wait until no slot is in use and nobody waits."""
-        while self._in_use or self._waiters:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind()
+        while self._in_use:  # who waits does so for slots in use
             if self._emptied is None:
-                self._emptied = asyncio.get_running_loop().create_future()
+                self._emptied = loop.create_future()
             await asyncio.shield(self._emptied)
 
     def close(self) -> None:
@@ -319,7 +324,6 @@ class ConcurrencyLimiter:
             waiter, _, _ = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(self._refusal("closed", "the limiter is closed"))
-        self._tell_if_empty()
 
     def statistics(self) -> ConcurrencyLimiterStatistics:
         """Return what the limiter holds and has done."""
@@ -410,13 +414,11 @@ class ConcurrencyLimiter:
         if self._waiters:
             self._set_timer()
         self._grant()  # a heavy one may have stood in front of lighter ones
-        self._tell_if_empty()
 
     def _leave(self, entry: _Waiter) -> None:
         if entry in self._waiters:
             self._waiters.remove(entry)
         self._grant()  # it may have stood in front of lighter ones
-        self._tell_if_empty()
 
     def _grant(self) -> None:
         """Hand slots to those in line, in order; a heavy one is not passed by lighter ones."""
@@ -428,8 +430,3 @@ class ConcurrencyLimiter:
                 self._take(weight)
                 waiter.set_result(None)
             self._waiters.popleft()
-
-    def _tell_if_empty(self) -> None:
-        if self._emptied is not None and not self._in_use and not self._waiters:
-            self._emptied.set_result(None)
-            self._emptied = None
