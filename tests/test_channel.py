@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from concurrency_patterns.channel import Channel, produce_consume
 from concurrency_patterns.errors import ChannelClosed, ChannelEmpty, PatternError, QueueFull
@@ -89,7 +95,20 @@ async def test_nowait_refuses_what_would_wait():
     with pytest.raises(QueueFull, match="capacity 1"):
         channel.send_nowait(2)
 
+    assert channel.statistics().peak == 1
     assert channel.receive_nowait() == 1
+
+
+async def test_receive_nowait_makes_room_for_a_sender_that_waits():
+    """The room that receive_nowait makes goes to the first sender in line."""
+    channel = Channel(1)
+    await channel.send("first")
+    sender = asyncio.create_task(channel.send("second"))
+    await asyncio.sleep(0)
+
+    assert channel.receive_nowait() == "first"
+    await sender
+    assert channel.receive_nowait() == "second"
 
 
 async def test_receive_nowait_does_not_take_what_is_promised_to_a_waiter():
@@ -160,6 +179,21 @@ async def test_t9_what_was_promised_as_the_channel_closed_is_not_left_in_it():
     await asyncio.wait([cancelled, waiting, late])
 
     assert received == {"b": ["last"], "c": []}
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+async def test_t9_a_newcomer_to_a_closed_channel_waits_for_what_may_come_back(in_batches):
+    """T9: who comes after the close gets the item of a receiver that is cancelled then."""
+    channel = Channel(2)
+    items = channel.batches(max_size=2, max_wait=1) if in_batches else channel
+    cancelled = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    newcomer = asyncio.create_task(anext(items))  # runs before the one that is cancelled
+    channel.send_nowait("last")
+    channel.close()
+    cancelled.cancel()
+
+    assert await newcomer == (["last"] if in_batches else "last")
 
 
 async def test_t42_closing_twice_does_nothing():
@@ -245,20 +279,51 @@ def test_t34_one_channel_serves_three_loops_one_after_the_other():
     assert [run_virtual(pass_through(item)) for item in "abc"] == ["a", "b", "c"]
 
 
-def test_t34_what_was_promised_on_a_loop_that_is_gone_is_free_again():
-    """T34: a receiver that never woke on the old loop holds no item and no place on the next."""
-    channel = Channel(1)
-    old = VirtualTimeLoop()
-    receiver = old.create_task(channel.receive())
-    old.run_until_complete(asyncio.sleep(0))
-    channel.send_nowait("item")
-    old.close()
+@contextmanager
+def left_behind(*coroutines):
+    """Let tasks wait on an event loop that is closed at the end of the block."""
+    loop = VirtualTimeLoop()
+    for coroutine in coroutines:
+        loop.create_task(coroutine)._log_destroy_pending = False
+    loop.run_until_complete(asyncio.sleep(0))
+    yield
+    loop.close()
 
-    assert run_virtual(channel.receive()) == "item"
-    channel.send_nowait("another")
-    with pytest.raises(QueueFull):
-        channel.send_nowait("too much")
-    receiver._log_destroy_pending = False  # it is meant to be left behind
+
+def test_t34_what_was_promised_on_a_loop_that_is_gone_is_free_again():
+    """T34: receivers that never woke on the old loop hold no item and no place on the next."""
+    channel = Channel(1)
+    batches = channel.batches(max_size=2, max_wait=1)
+    with left_behind(channel.receive(), anext(batches), channel.receive()):
+        for number in range(2):
+            channel.send_nowait(number)
+
+    async def use():
+        received = [await channel.receive() for _ in range(2)]
+        channel.send_nowait("another")
+        with pytest.raises(QueueFull):
+            channel.send_nowait("too much")
+        channel.close()
+        return [*received, await channel.receive()]
+
+    assert run_virtual(use()) == [0, 1, "another"]
+
+
+def test_t34_who_waited_on_a_loop_that_is_gone_waits_no_longer():
+    """T34: senders and begun batches of the old loop stand in nobody's way on the next."""
+    full, begun = Channel(1), Channel(1)
+    for channel in (full, begun):
+        channel.send_nowait("first")
+    with left_behind(full.send("lost"), anext(begun.batches(max_size=2, max_wait=1))):
+        pass
+
+    async def use(channel):
+        first = await channel.receive()
+        await channel.send("second")
+        channel.close()
+        return [first, *[item async for item in channel]]
+
+    assert run_virtual(use(full)) == run_virtual(use(begun)) == ["first", "second"]
 
 
 def test_use_from_a_second_running_loop_is_refused():
@@ -674,6 +739,7 @@ async def test_a_full_channel_drops_and_tells_what(overflow, kept, dropped):
     channel.send_nowait(4)
     channel.close()
 
+    assert channel.statistics().received == 0
     assert [item async for item in channel] == kept
     assert told == dropped
     assert channel.statistics().dropped == 3
@@ -761,6 +827,7 @@ async def test_a_cancelled_batch_leaves_its_items_in_the_channel():
     assert (seen.buffered, seen.received) == (3, 0)
     consumer.cancel()
     await asyncio.wait([consumer])
+    assert not channel._gathering  # nothing is left of who waited
     channel.close()
 
     assert handled == []
@@ -822,14 +889,10 @@ async def test_a_batch_may_be_larger_than_the_channel():
     """What a batch gathers takes no place: senders go on until the batch is full."""
     channel = Channel(1)
 
-    async def send():
-        for number in range(4):
-            await channel.send(number)
-
-    sender = asyncio.create_task(send())
+    senders = [asyncio.create_task(channel.send(number)) for number in range(4)]
     async with asyncio.timeout(1):
         assert await anext(channel.batches(max_size=3, max_wait=10)) == [0, 1, 2]
-    await sender
+    await asyncio.gather(*senders)
     assert channel.statistics().buffered == 1
 
 
@@ -908,19 +971,65 @@ def test_cancelled_at_any_step_no_item_of_produce_consume_is_lost():
     assert explore_cancellation(Run, scenario, Run.whole) > 20
 
 
+@pytest.mark.parametrize("overflow", ["wait", "reject", "drop_oldest", "drop_newest"])
+def test_cancelled_at_any_step_the_ends_of_a_channel_lose_nothing(overflow):
+    """T2, T11: with senders and receivers that come and go, each item is where it should be."""
+
+    class Traffic:
+        def __init__(self):
+            self.dropped = []
+            self.channel = Channel(1, overflow=overflow, on_drop=self.dropped.append)
+            self.sent = []
+            self.received = []
+
+        async def send(self, sender, item):
+            with sender, suppress(QueueFull):
+                for number in (item, item + 1):
+                    await sender.send(number)
+                    self.sent.append(number)
+
+        async def receive(self, receiver):
+            async for number in receiver:
+                self.received.append(number)
+                await asyncio.sleep(0)
+
+        def whole(self):
+            assert self.channel.statistics().closed or not self.sent
+            left = list(self.channel._buffer)
+            return sorted(self.received + left + self.dropped) == sorted(self.sent)
+
+    async def scenario(traffic):
+        ends = []
+        async with asyncio.TaskGroup() as group:
+            for number in range(2):
+                sender, receiver = traffic.channel.sender(), traffic.channel.receiver()
+                ends += [
+                    (group.create_task(traffic.send(sender, 10 * number)), sender),
+                    (group.create_task(traffic.receive(receiver)), receiver),
+                ]
+            for task, end in ends:
+                task.add_done_callback(lambda _, end=end: end.close())
+
+    assert explore_cancellation(Traffic, scenario, Traffic.whole) > 20
+
+
 class ChannelMachine(RuleBasedStateMachine):
     """The channel beside two lists that do the same in the plainest way."""
 
     def __init__(self):
         super().__init__()
         self.loop = VirtualTimeLoop()
-        self.channel = Channel(2)
         self.buffer = []
         self.senders = []  # (item, task), in order
         self.receivers = []  # tasks, in order
         self.expected = []  # (task, item)
         self.number = 0
         self.closed = False
+
+    @initialize(capacity=st.integers(1, 3))
+    def make(self, capacity):
+        self.capacity = capacity
+        self.channel = Channel(capacity)
 
     def settle(self):
         self.loop.run_until_complete(asyncio.sleep(0.001))
@@ -929,7 +1038,7 @@ class ChannelMachine(RuleBasedStateMachine):
         while True:
             if self.receivers and self.buffer:
                 self.expected.append((self.receivers.pop(0), self.buffer.pop(0)))
-            elif self.senders and len(self.buffer) < 2:
+            elif self.senders and len(self.buffer) < self.capacity:
                 self.buffer.append(self.senders.pop(0)[0])
             else:
                 return
@@ -951,6 +1060,29 @@ class ChannelMachine(RuleBasedStateMachine):
         if self.closed and task in self.receivers:
             self.receivers.remove(task)
             assert isinstance(task.exception(), ChannelClosed)
+
+    @precondition(lambda self: not self.closed)
+    @rule()
+    def send_nowait(self):
+        if self.senders or len(self.buffer) == self.capacity:
+            with pytest.raises(QueueFull):
+                self.channel.send_nowait(0)
+        else:
+            self.number += 1
+            self.channel.send_nowait(self.number)
+            self.buffer.append(self.number)
+            self.match()
+            self.settle()
+
+    @rule()
+    def receive_nowait(self):
+        if self.buffer:
+            assert self.channel.receive_nowait() == self.buffer.pop(0)
+            self.match()
+            self.settle()
+        else:
+            with pytest.raises(ChannelClosed if self.closed else ChannelEmpty):
+                self.channel.receive_nowait()
 
     @precondition(lambda self: self.senders)
     @rule(data=st.data())
@@ -999,3 +1131,99 @@ class ChannelMachine(RuleBasedStateMachine):
 TestChannelAgreesWithItsModel = ChannelMachine.TestCase
 TestChannelAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
 TestChannelAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, items are conserved."
+
+
+class RestlessChannelMachine(RuleBasedStateMachine):
+    """A channel whose tasks are disturbed at any step, not only when all have come to rest."""
+
+    @initialize(
+        capacity=st.integers(1, 3),
+        overflow=st.sampled_from(["wait", "reject", "drop_oldest", "drop_newest"]),
+    )
+    def make(self, capacity, overflow):
+        self.loop = VirtualTimeLoop()
+        self.dropped = []
+        self.channel = Channel(capacity, overflow=overflow, on_drop=self.dropped.append)
+        self.tasks = []
+        self.number = 0
+        self.sent = []
+        self.received = []
+
+    def start(self, coroutine):
+        self.tasks.append(self.loop.create_task(coroutine))
+
+    @rule()
+    def send(self):
+        self.number += 1
+        self.start(self.do_send(self.number))
+
+    async def do_send(self, number):
+        with suppress(ChannelClosed, QueueFull):
+            await self.channel.send(number)
+            self.sent.append(number)
+
+    @rule()
+    def receive(self):
+        self.start(self.do_receive())
+
+    async def do_receive(self):
+        with suppress(ChannelClosed):
+            self.received.append(await self.channel.receive())
+
+    @rule(max_size=st.integers(1, 4))
+    def receive_batch(self, max_size):
+        self.start(self.do_receive_batch(max_size))
+
+    async def do_receive_batch(self, max_size):
+        with suppress(StopAsyncIteration):
+            self.received += await anext(self.channel.batches(max_size, max_wait=1))
+
+    @rule()
+    def send_nowait(self):
+        with suppress(ChannelClosed, QueueFull):
+            self.channel.send_nowait(-1)
+            self.sent.append(-1)
+
+    @rule()
+    def receive_nowait(self):
+        with suppress(ChannelClosed, ChannelEmpty):
+            self.received.append(self.channel.receive_nowait())
+
+    @precondition(lambda self: self.tasks)
+    @rule(data=st.data())
+    def cancel(self, data):
+        data.draw(st.sampled_from(self.tasks)).cancel()
+
+    @rule()
+    def close(self):
+        self.channel.close()
+
+    @rule(seconds=st.sampled_from([0, 0, 1, 3]))
+    def go_on(self, seconds):
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.tasks = [task for task in self.tasks if not task.done()]
+        if seconds > 1:  # all are at rest, and each batch has been given out
+            seen = self.channel.statistics()
+            assert self.channel._promised == 0
+            assert not (seen.waiting_receivers and (seen.buffered or seen.closed))
+            assert not (seen.waiting_senders and (seen.buffered < seen.capacity or seen.closed))
+            assert len(self.tasks) == seen.waiting_senders + seen.waiting_receivers
+
+    @invariant()
+    def conserves_the_items_and_their_order(self):
+        whole = self.received + list(self.channel._buffer)
+        if not self.dropped:
+            assert whole == self.sent
+        assert sorted(whole + self.dropped) == sorted(self.sent)
+
+    def teardown(self):
+        if hasattr(self, "loop"):
+            for task in self.tasks:
+                task.cancel()
+            self.go_on(3)
+            self.loop.close()
+
+
+TestRestlessChannel = RestlessChannelMachine.TestCase
+TestRestlessChannel.settings = settings(max_examples=100, deadline=None)
+TestRestlessChannel.__doc__ = "Whatever is cancelled at whichever step, items are conserved."

@@ -227,9 +227,11 @@ async def test_a_waiter_that_is_cancelled_is_out_of_the_line_at_once():
     await asyncio.sleep(0)
     cancelled.cancel()
 
-    limiter.resize(2)
-    limiter.resize(4)
     assert limiter.try_acquire()
+    cancelled = asyncio.create_task(limiter.acquire(4))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    limiter.resize(3)
 
 
 @pytest.mark.parametrize(("weight", "seconds"), [(1, 0.0), (3, 1.0)])
@@ -489,6 +491,26 @@ async def test_drain_waits_for_those_in_line():
         "NoneType",
         "ConcurrencyLimitExceeded",
     ]
+
+
+def test_t34_who_waited_on_a_loop_that_is_gone_waits_no_longer():
+    """T34: waiters, their timer and drains of the old loop stand in nobody's way on the next."""
+    limiter = ConcurrencyLimiter(1, max_wait=1)
+    old = VirtualTimeLoop()
+    for use in (limiter.acquire, limiter.acquire, limiter.drain):
+        old.create_task(use())._log_destroy_pending = False
+    old.run_until_complete(asyncio.sleep(0))
+    old.close()
+
+    async def main():
+        await limiter.acquire()
+        drain = asyncio.create_task(limiter.drain())
+        with pytest.raises(ConcurrencyLimitExceeded, match="within 1 s"):
+            await limiter.acquire()
+        limiter.release()
+        await drain
+
+    run_virtual(main())
 
 
 def test_t34_drain_does_not_wait_for_what_was_held_on_a_loop_that_is_gone():
