@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from unittest import mock
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from concurrency_patterns.concurrency_limiter import ConcurrencyLimiter
 from concurrency_patterns.errors import ConcurrencyLimitExceeded
@@ -121,6 +128,37 @@ def test_t2_cancelled_at_any_step_no_slot_is_lost(max_wait):
         lambda limiter: limiter.statistics().in_use == limiter.statistics().waiting == 0,
     )
     assert runs > 20
+
+
+def test_t2_cancelled_at_any_step_no_operation_loses_a_slot():
+    """T2: weights, resize, close and drain: whoever is cancelled, all slots come back."""
+
+    async def use(limiter, weight):
+        with suppress(ConcurrencyLimitExceeded):
+            async with limiter.slots(weight):
+                await asyncio.sleep(1)
+
+    async def manage(limiter):
+        await asyncio.sleep(0.5)
+        limiter.resize(4)
+        await asyncio.sleep(1)
+        limiter.resize(2)
+        await asyncio.sleep(0.2)
+        limiter.close()
+        await limiter.drain()
+
+    async def scenario(limiter):
+        async with asyncio.TaskGroup() as group:
+            for weight in (2, 1, 2, 1, 2):
+                group.create_task(use(limiter, weight))
+            group.create_task(manage(limiter))
+
+    runs = explore_cancellation(
+        lambda: ConcurrencyLimiter(2, max_queue=4, max_wait=3),
+        scenario,
+        lambda limiter: limiter.statistics().in_use == limiter.statistics().waiting == 0,
+    )
+    assert runs > 30
 
 
 def test_the_explorer_finds_the_leak_of_a_limiter_made_of_two_semaphores():
@@ -692,3 +730,79 @@ class LimiterMachine(RuleBasedStateMachine):
 TestLimiterAgreesWithItsModel = LimiterMachine.TestCase
 TestLimiterAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
 TestLimiterAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, slots are conserved."
+
+
+class RestlessLimiterMachine(RuleBasedStateMachine):
+    """A limiter whose callers are disturbed at any step, not only when all have come to rest."""
+
+    @initialize(max_queue=st.sampled_from([None, 2]), max_wait=st.sampled_from([None, 1.5]))
+    def make(self, max_queue, max_wait):
+        self.loop = VirtualTimeLoop()
+        self.max_wait = max_wait
+        self.limiter = ConcurrencyLimiter(3, max_queue, max_wait, timed=True)
+        self.tasks = []
+        self.inside = []  # weights
+
+    async def acquire_and_tell(self, weight):
+        with suppress(ConcurrencyLimitExceeded):
+            await self.limiter.acquire(weight)
+            self.inside.append(weight)
+
+    @rule(weight=st.integers(1, 3))
+    def acquire(self, weight):
+        if weight <= self.limiter.statistics().limit:
+            self.tasks.append(self.loop.create_task(self.acquire_and_tell(weight)))
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def release(self, data):
+        weight = data.draw(st.sampled_from(self.inside))
+        self.inside.remove(weight)
+        self.limiter.release(weight)
+
+    @precondition(lambda self: self.tasks)
+    @rule(data=st.data())
+    def cancel(self, data):
+        data.draw(st.sampled_from(self.tasks)).cancel()
+
+    @rule()
+    def drain(self):
+        self.tasks.append(self.loop.create_task(self.limiter.drain()))
+
+    @rule()
+    def close(self):
+        self.limiter.close()
+
+    @rule(limit=st.integers(3, 5))
+    def resize(self, limit):
+        self.limiter.resize(limit)
+
+    @rule(seconds=st.sampled_from([0, 0, 1, 3]))
+    def go_on(self, seconds):
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.tasks = [task for task in self.tasks if not task.done()]
+        if seconds > 0:  # all are at rest
+            seen = self.limiter.statistics()
+            assert seen.in_use == sum(self.inside)
+            assert seen.in_use or not self.tasks
+            if seen.waiting:
+                assert seen.in_use + self.limiter._waiters[0][1] > seen.limit
+                assert seconds == 1 or self.max_wait is None
+
+    @invariant()
+    def holds_what_is_inside(self):
+        if hasattr(self, "limiter"):
+            seen = self.limiter.statistics()
+            assert sum(self.inside) <= seen.in_use <= seen.peak <= 5
+
+    def teardown(self):
+        if hasattr(self, "loop"):
+            for task in self.tasks:
+                task.cancel()
+            self.go_on(3)
+            self.loop.close()
+
+
+TestRestlessLimiter = RestlessLimiterMachine.TestCase
+TestRestlessLimiter.settings = settings(max_examples=100, deadline=None)
+TestRestlessLimiter.__doc__ = "Whatever is cancelled at whichever step, slots are conserved."
