@@ -249,7 +249,7 @@ async def test_statistics_tell_what_went_through():
     await asyncio.sleep(0)
     assert channel.statistics().waiting_receivers == 1
     channel.close()
-    await asyncio.wait(receivers)
+    await asyncio.gather(*receivers, return_exceptions=True)
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
@@ -758,6 +758,7 @@ async def test_what_on_drop_raises_is_logged_and_the_item_is_sent(caplog):
         await channel.send(number)
 
     assert channel.receive_nowait() == 1
+    assert channel.statistics().buffered == 0
     assert told == [("channel.dropped", 0)]
     assert "OSError" in caplog.text
 
