@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from concurrency_patterns.testing import assert_no_leaks, run_virtual
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -353,7 +353,7 @@ async def test_use_from_another_thread_is_refused(use):
     before = channel.statistics()
     arguments = ["another"] if use == "send_nowait" else []
 
-    with pytest.raises(RuntimeError, match="this Channel .*call_soon_threadsafe"):
+    with pytest.raises(RuntimeError, match=r"this Channel .*call_soon_threadsafe"):
         await asyncio.to_thread(getattr(channel, use), *arguments)
     assert channel.statistics() == before
 

@@ -250,7 +250,7 @@ async def test_release_from_another_thread_is_refused(someone):
     before = limiter.statistics()
 
     for use in (limiter.release, limiter.close, lambda: limiter.resize(2)):
-        with pytest.raises(RuntimeError, match="this ConcurrencyLimiter .*call_soon_threadsafe"):
+        with pytest.raises(RuntimeError, match=r"this ConcurrencyLimiter .*call_soon_threadsafe"):
             await asyncio.to_thread(use)
     assert limiter.statistics() == before
     asyncio.get_running_loop().call_soon(limiter.release)

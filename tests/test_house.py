@@ -161,9 +161,7 @@ def test_t35_an_asynchronous_test_that_leaves_something_behind_fails(line, told,
     """T35: each test is failed by a task that it leaves running, and by an error left unseen."""
     shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
     (tmp_path / "test_leak.py").write_text(
-        "import asyncio\n"
-        "async def fail(): raise OSError\n"
-        f"async def test_leak(): {line}\n",
+        f"import asyncio\nasync def fail(): raise OSError\nasync def test_leak(): {line}\n",
         encoding="utf-8",
     )
     done = subprocess.run(
