@@ -183,6 +183,7 @@ class Channel(Generic[T]):
         Raises:
             QueueFull: If the channel is full, or others wait for room.
             ChannelClosed: If the channel is closed.
+            RuntimeError: If the channel is in use by an event loop in another thread.
         """
         check_thread(self, self._loop)
         if len(self._buffer) < self._room:
@@ -233,6 +234,7 @@ class Channel(Generic[T]):
         Raises:
             ChannelEmpty: If there is none, or others wait for it.
             ChannelClosed: If the channel is closed and empty.
+            RuntimeError: If the channel is in use by an event loop in another thread.
         """
         check_thread(self, self._loop)
         if len(self._buffer) > self._promised:

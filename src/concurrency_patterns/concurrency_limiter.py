@@ -208,8 +208,7 @@ class ConcurrencyLimiter:
 
         Raises:
             ValueError: If ``weight`` is below 1.
-            RuntimeError: If fewer slots are in use, or somebody would have to be woken who waits
-                in another thread.
+            RuntimeError: If fewer slots are in use, or somebody waits for them in another thread.
         """
         if weight is not _ONE:
             check_count("weight", weight)
