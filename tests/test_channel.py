@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from concurrency_patterns.channel import Channel, produce_consume
 from concurrency_patterns.errors import ChannelClosed, ChannelEmpty, PatternError, QueueFull
@@ -89,7 +95,20 @@ async def test_nowait_refuses_what_would_wait():
     with pytest.raises(QueueFull, match="capacity 1"):
         channel.send_nowait(2)
 
+    assert channel.statistics().peak == 1
     assert channel.receive_nowait() == 1
+
+
+async def test_receive_nowait_makes_room_for_a_sender_that_waits():
+    """The room that receive_nowait makes goes to the first sender in line."""
+    channel = Channel(1)
+    await channel.send("first")
+    sender = asyncio.create_task(channel.send("second"))
+    await asyncio.sleep(0)
+
+    assert channel.receive_nowait() == "first"
+    await sender
+    assert channel.receive_nowait() == "second"
 
 
 async def test_receive_nowait_does_not_take_what_is_promised_to_a_waiter():
@@ -126,6 +145,55 @@ async def test_t9_close_wakes_every_waiting_sender_and_keeps_what_was_sent():
     outcomes = await asyncio.gather(*senders, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [ChannelClosed] * 3
     assert [item async for item in channel] == ["kept"]
+
+
+async def test_t9_a_receiver_of_a_closed_channel_ends_when_the_last_item_is_taken():
+    """T9: what is promised to one receiver keeps the others until it has been taken."""
+    channel = Channel(2)
+    first, second = (asyncio.create_task(channel.receive()) for _ in range(2))
+    await asyncio.sleep(0)
+    channel.send_nowait("last")
+    channel.close()
+    with pytest.raises(ChannelEmpty):
+        channel.receive_nowait()
+
+    assert await first == "last"
+    with pytest.raises(ChannelClosed):
+        await second
+
+
+async def test_t9_what_was_promised_as_the_channel_closed_is_not_left_in_it():
+    """T9: each receiver of a closed channel waits for what the ones before it do not take."""
+    channel = Channel(2)
+    received = {}
+
+    async def receive(name):
+        received[name] = [item async for item in channel]
+
+    cancelled, waiting = (asyncio.create_task(receive(name)) for name in "ab")
+    await asyncio.sleep(0)
+    channel.send_nowait("last")
+    channel.close()
+    late = asyncio.create_task(receive("c"))
+    cancelled.cancel()
+    await asyncio.wait([cancelled, waiting, late])
+
+    assert received == {"b": ["last"], "c": []}
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+async def test_t9_a_newcomer_to_a_closed_channel_waits_for_what_may_come_back(in_batches):
+    """T9: who comes after the close gets the item of a receiver that is cancelled then."""
+    channel = Channel(2)
+    items = channel.batches(max_size=2, max_wait=1) if in_batches else channel
+    cancelled = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    newcomer = asyncio.create_task(anext(items))  # runs before the one that is cancelled
+    channel.send_nowait("last")
+    channel.close()
+    cancelled.cancel()
+
+    assert await newcomer == (["last"] if in_batches else "last")
 
 
 async def test_t42_closing_twice_does_nothing():
@@ -177,6 +245,12 @@ async def test_statistics_tell_what_went_through():
     await waiting
     assert channel.statistics().received == 1
 
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert channel.statistics().waiting_receivers == 1
+    channel.close()
+    await asyncio.gather(*receivers, return_exceptions=True)
+
 
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_capacity_below_one_is_refused(capacity):
@@ -205,6 +279,53 @@ def test_t34_one_channel_serves_three_loops_one_after_the_other():
     assert [run_virtual(pass_through(item)) for item in "abc"] == ["a", "b", "c"]
 
 
+@contextmanager
+def left_behind(*coroutines):
+    """Let tasks wait on an event loop that is closed at the end of the block."""
+    loop = VirtualTimeLoop()
+    for coroutine in coroutines:
+        loop.create_task(coroutine)._log_destroy_pending = False
+    loop.run_until_complete(asyncio.sleep(0))
+    yield
+    loop.close()
+
+
+def test_t34_what_was_promised_on_a_loop_that_is_gone_is_free_again():
+    """T34: receivers that never woke on the old loop hold no item and no place on the next."""
+    channel = Channel(1)
+    batches = channel.batches(max_size=2, max_wait=1)
+    with left_behind(channel.receive(), anext(batches), channel.receive()):
+        for number in range(2):
+            channel.send_nowait(number)
+
+    async def use():
+        received = [await channel.receive() for _ in range(2)]
+        channel.send_nowait("another")
+        with pytest.raises(QueueFull):
+            channel.send_nowait("too much")
+        channel.close()
+        return [*received, await channel.receive()]
+
+    assert run_virtual(use()) == [0, 1, "another"]
+
+
+def test_t34_who_waited_on_a_loop_that_is_gone_waits_no_longer():
+    """T34: senders and begun batches of the old loop stand in nobody's way on the next."""
+    full, begun = Channel(1), Channel(1)
+    for channel in (full, begun):
+        channel.send_nowait("first")
+    with left_behind(full.send("lost"), anext(begun.batches(max_size=2, max_wait=1))):
+        pass
+
+    async def use(channel):
+        first = await channel.receive()
+        await channel.send("second")
+        channel.close()
+        return [first, *[item async for item in channel]]
+
+    assert run_virtual(use(full)) == run_virtual(use(begun)) == ["first", "second"]
+
+
 def test_use_from_a_second_running_loop_is_refused():
     """A channel that one running loop uses refuses another loop with a clear error."""
     channel = Channel(1)
@@ -222,6 +343,38 @@ def test_use_from_a_second_running_loop_is_refused():
 
     run_virtual(first())
     assert refused == ["this Channel is in use on another event loop; make one for each loop"]
+
+
+@pytest.mark.parametrize("use", ["send_nowait", "receive_nowait", "close"])
+async def test_use_from_another_thread_is_refused(use):
+    """A thread beside the running loop gets a clear error, and nothing has changed."""
+    channel = Channel(2)
+    await channel.send("item")
+    before = channel.statistics()
+    arguments = ["another"] if use == "send_nowait" else []
+
+    with pytest.raises(RuntimeError, match=r"this Channel .*call_soon_threadsafe"):
+        await asyncio.to_thread(getattr(channel, use), *arguments)
+    assert channel.statistics() == before
+
+
+async def test_a_callback_of_the_loop_may_use_a_channel():
+    """Where no task runs, on the loop itself, the forms that do not wait can be used."""
+    channel = Channel(1)
+    asyncio.get_running_loop().call_later(1, channel.send_nowait, "item")
+    asyncio.get_running_loop().call_later(2, channel.close)
+
+    assert [item async for item in channel] == ["item"]
+
+
+def test_without_a_running_loop_a_channel_can_be_filled_and_emptied():
+    """What does not wait needs no event loop, before the first and after the last."""
+    channel = Channel(2)
+    channel.send_nowait("before")
+    assert run_virtual(channel.receive()) == "before"
+    channel.send_nowait("after")
+    channel.close()
+    assert channel.receive_nowait() == "after"
 
 
 def test_cancelled_at_any_step_an_item_is_handed_over_or_still_there():
@@ -261,6 +414,50 @@ def test_cancelled_at_any_step_an_item_is_handed_over_or_still_there():
     assert explore_cancellation(Traffic, scenario, Traffic.whole) > 30
 
 
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_cancelled_at_any_step_a_closed_channel_is_emptied(in_batches):
+    """T2, T9: while one receiver is left, it gets all that was sent before the close."""
+
+    class Traffic:
+        def __init__(self):
+            self.channel = Channel(2)
+            self.sent = []
+            self.received = []
+            self.ended = 0
+
+        async def send(self):
+            for number in range(5):
+                await self.channel.send(number)
+                self.sent.append(number)
+                if number < 4:
+                    await asyncio.sleep(0.5 * (number % 2))
+            self.channel.close()  # in the step in which the last one is promised
+
+        async def receive(self):
+            async for item in self.channel:
+                self.received.append(item)
+            self.ended += 1
+
+        async def receive_batches(self):
+            async for batch in self.channel.batches(max_size=2, max_wait=1):
+                self.received += batch
+            self.ended += 1
+
+        def whole(self):
+            left = list(self.channel._buffer)
+            conserved = sorted(self.received + left) == self.sent
+            return conserved and not (left and self.ended)
+
+    async def scenario(traffic):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(traffic.receive_batches() if in_batches else traffic.receive())
+            group.create_task(traffic.receive())
+            sender = group.create_task(traffic.send())
+            sender.add_done_callback(lambda _: traffic.channel.close())
+
+    assert explore_cancellation(Traffic, scenario, Traffic.whole) > 40
+
+
 async def test_an_item_that_its_receiver_did_not_take_counts_for_the_peak():
     """What was promised to a receiver that is cancelled in the same step stands in the channel."""
     channel = Channel(2)
@@ -273,6 +470,34 @@ async def test_an_item_that_its_receiver_did_not_take_counts_for_the_peak():
 
     seen = channel.statistics()
     assert (seen.buffered, seen.peak) == (1, 1)
+
+
+async def test_an_item_that_its_receiver_did_not_take_takes_its_place_again():
+    """A channel that is full of what a cancelled receiver left refuses to take more."""
+    channel = Channel(1)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    channel.send_nowait("promised")
+    receiver.cancel()
+    await asyncio.sleep(0)
+
+    with pytest.raises(QueueFull):
+        channel.send_nowait("too much")
+    assert channel.receive_nowait() == "promised"
+
+
+async def test_t9_a_sender_that_was_about_to_send_is_told_of_the_close():
+    """T9: nothing gets into a closed channel, not even what has been promised a place."""
+    channel = Channel(1)
+    await channel.send("first")
+    sender = asyncio.create_task(channel.send("second"))
+    await asyncio.sleep(0)
+    assert channel.receive_nowait() == "first"
+    channel.close()
+
+    with pytest.raises(ChannelClosed):
+        await sender
+    assert channel.statistics().buffered == 0
 
 
 async def test_the_chapters_workload_20_items_through_3_consumers():
@@ -313,6 +538,44 @@ async def test_produce_consume_reads_the_source_only_as_fast_as_it_is_handled():
         async with asyncio.timeout(4.5):
             await produce_consume(source(), handle, consumers=2, capacity=3)
     assert len(read) <= len(handled) + 3 + 1
+
+
+async def test_t10_a_producer_learns_that_its_last_consumer_was_cancelled():
+    """T10: when all consumers are gone, a producer that waits for room is told."""
+    unhandled = []
+
+    async def handle(item):
+        await asyncio.sleep(3600)
+
+    run = asyncio.create_task(
+        produce_consume(range(9), handle, consumers=1, capacity=2, unhandled=unhandled)
+    )
+    await asyncio.sleep(1)
+    (consumer,) = (task for task in asyncio.all_tasks() if task.get_name() == "consumer 0")
+    consumer.cancel()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await run
+    assert caught.group_contains(ChannelClosed, match="all receivers are closed")
+    assert sorted(unhandled) == [0, 1, 2, 3]
+
+
+async def test_a_consumer_that_is_cancelled_at_the_end_is_no_silent_loss():
+    """When the source has ended, too, an item that was not handled is an error."""
+
+    async def handle(item):
+        await asyncio.sleep(3600)
+
+    run = asyncio.create_task(produce_consume(range(2), handle, consumers=2))
+    await asyncio.sleep(1)
+    (consumer,) = (task for task in asyncio.all_tasks() if task.get_name() == "consumer 0")
+    consumer.cancel()
+    await asyncio.sleep(1)
+    (consumer,) = (task for task in asyncio.all_tasks() if task.get_name() == "consumer 1")
+    consumer.cancel()
+
+    with pytest.raises(PatternError, match="2 items were not handled"):
+        await run
 
 
 async def test_t10_a_consumers_crash_ends_the_producer_with_its_own_exception():
@@ -476,9 +739,28 @@ async def test_a_full_channel_drops_and_tells_what(overflow, kept, dropped):
     channel.send_nowait(4)
     channel.close()
 
+    assert channel.statistics().received == 0
     assert [item async for item in channel] == kept
     assert told == dropped
     assert channel.statistics().dropped == 3
+
+
+async def test_what_on_drop_raises_is_logged_and_the_item_is_sent(caplog):
+    """A failing on_drop harms neither the sender nor the listener to events."""
+
+    def fail(item):
+        raise OSError(item)
+
+    channel = Channel(1, overflow="drop_oldest", on_drop=fail)
+    told = []
+    channel.on_event = lambda kind, data: told.append((kind, data["item"]))
+    for number in range(2):
+        await channel.send(number)
+
+    assert channel.receive_nowait() == 1
+    assert channel.statistics().buffered == 0
+    assert told == [("channel.dropped", 0)]
+    assert "OSError" in caplog.text
 
 
 async def test_a_full_channel_can_reject_at_once():
@@ -523,10 +805,96 @@ async def test_batches_are_bounded_by_size_and_by_time():
 @pytest.mark.parametrize(
     "arguments", [{"max_size": 0, "max_wait": 1}, {"max_size": 1, "max_wait": -1}]
 )
-async def test_senseless_batches_are_refused(arguments):
-    """A batch of nothing and a negative wait are refused."""
+def test_senseless_batches_are_refused_at_once(arguments):
+    """A batch of nothing and a negative wait are refused before anything is received."""
     with pytest.raises(ValueError, match="max_"):
-        await anext(Channel(1).batches(**arguments))
+        Channel(1).batches(**arguments)
+
+
+async def test_a_cancelled_batch_leaves_its_items_in_the_channel():
+    """What a batch has gathered is still there, in order, when it is cancelled."""
+    channel = Channel(1)
+    handled = []
+
+    async def consume():
+        async for batch in channel.batches(max_size=5, max_wait=10):
+            handled.append(batch)
+
+    consumer = asyncio.create_task(consume())
+    for number in range(3):
+        await channel.send(number)
+    await asyncio.sleep(1)
+    seen = channel.statistics()
+    assert (seen.buffered, seen.received) == (3, 0)
+    consumer.cancel()
+    await asyncio.wait([consumer])
+    assert not channel._gathering  # nothing is left of who waited
+    channel.close()
+
+    assert handled == []
+    assert [item async for item in channel] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("max_wait", [10, 1])
+async def test_batches_go_on_after_a_timeout(max_wait):
+    """A time-out of the caller ends one wait for a batch and not the iteration."""
+    channel = Channel(10)
+    batches = channel.batches(max_size=3, max_wait=max_wait)
+    await channel.send(1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await anext(batches)
+    await channel.send(2)
+    channel.close()
+
+    assert [batch async for batch in batches] == [[1, 2]]
+
+
+async def test_a_cancelled_batch_gives_its_items_to_those_who_wait():
+    """Receivers behind a batch get what it had gathered, as if it had never been."""
+    channel = Channel(3)
+    batch = asyncio.create_task(anext(channel.batches(max_size=3, max_wait=10)))
+    for number in range(2):
+        await channel.send(number)
+    await asyncio.sleep(1)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(2)]
+    await asyncio.sleep(1)
+    batch.cancel()
+
+    assert await asyncio.gather(*receivers) == [0, 1]
+
+
+async def test_close_gives_out_every_batch_that_is_being_gathered():
+    """Two receivers of batches do not wait for each other when the channel is closed."""
+    channel = Channel(2)
+    loop = asyncio.get_running_loop()
+
+    async def consume():
+        return [batch async for batch in channel.batches(max_size=3, max_wait=10)]
+
+    consumers = [asyncio.create_task(consume()) for _ in range(2)]
+    waiting = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    for number in range(5):
+        await channel.send(number)
+        await asyncio.sleep(1)
+    start = loop.time()
+    channel.close()
+
+    assert await asyncio.gather(*consumers) == [[[1, 2]], [[3, 4]]]
+    assert loop.time() - start == 0.0
+    assert await waiting == 0  # the oldest item goes to whoever takes one first
+
+
+async def test_a_batch_may_be_larger_than_the_channel():
+    """What a batch gathers takes no place: senders go on until the batch is full."""
+    channel = Channel(1)
+
+    senders = [asyncio.create_task(channel.send(number)) for number in range(4)]
+    async with asyncio.timeout(1):
+        assert await anext(channel.batches(max_size=3, max_wait=10)) == [0, 1, 2]
+    await asyncio.gather(*senders)
+    assert channel.statistics().buffered == 1
 
 
 async def test_an_item_that_arrives_as_a_batch_is_given_out_is_not_lost():
@@ -563,6 +931,20 @@ async def test_produce_consume_tells_what_was_not_handled():
     assert sorted(handled + unhandled) == read
 
 
+async def test_produce_consume_adds_to_what_the_list_holds():
+    """A list that is not empty keeps what it holds, and does not count as a failure."""
+    unhandled = ["from before"]
+    await produce_consume(range(3), asyncio.sleep, consumers=2, unhandled=unhandled)
+    assert unhandled == ["from before"]
+
+    async def fail(item):
+        raise OSError(item)
+
+    with pytest.raises(ExceptionGroup):
+        await produce_consume([1], fail, consumers=1, unhandled=unhandled)
+    assert unhandled == ["from before", 1]
+
+
 def test_cancelled_at_any_step_no_item_of_produce_consume_is_lost():
     """T2: whichever task is cancelled, every item that was read is handled or told."""
 
@@ -590,19 +972,65 @@ def test_cancelled_at_any_step_no_item_of_produce_consume_is_lost():
     assert explore_cancellation(Run, scenario, Run.whole) > 20
 
 
+@pytest.mark.parametrize("overflow", ["wait", "reject", "drop_oldest", "drop_newest"])
+def test_cancelled_at_any_step_the_ends_of_a_channel_lose_nothing(overflow):
+    """T2, T11: with senders and receivers that come and go, each item is where it should be."""
+
+    class Traffic:
+        def __init__(self):
+            self.dropped = []
+            self.channel = Channel(1, overflow=overflow, on_drop=self.dropped.append)
+            self.sent = []
+            self.received = []
+
+        async def send(self, sender, item):
+            with sender, suppress(QueueFull):
+                for number in (item, item + 1):
+                    await sender.send(number)
+                    self.sent.append(number)
+
+        async def receive(self, receiver):
+            async for number in receiver:
+                self.received.append(number)
+                await asyncio.sleep(0)
+
+        def whole(self):
+            assert self.channel.statistics().closed or not self.sent
+            left = list(self.channel._buffer)
+            return sorted(self.received + left + self.dropped) == sorted(self.sent)
+
+    async def scenario(traffic):
+        ends = []
+        async with asyncio.TaskGroup() as group:
+            for number in range(2):
+                sender, receiver = traffic.channel.sender(), traffic.channel.receiver()
+                ends += [
+                    (group.create_task(traffic.send(sender, 10 * number)), sender),
+                    (group.create_task(traffic.receive(receiver)), receiver),
+                ]
+            for task, end in ends:
+                task.add_done_callback(lambda _, end=end: end.close())
+
+    assert explore_cancellation(Traffic, scenario, Traffic.whole) > 20
+
+
 class ChannelMachine(RuleBasedStateMachine):
     """The channel beside two lists that do the same in the plainest way."""
 
     def __init__(self):
         super().__init__()
         self.loop = VirtualTimeLoop()
-        self.channel = Channel(2)
         self.buffer = []
         self.senders = []  # (item, task), in order
         self.receivers = []  # tasks, in order
         self.expected = []  # (task, item)
         self.number = 0
         self.closed = False
+
+    @initialize(capacity=st.integers(1, 3))
+    def make(self, capacity):
+        self.capacity = capacity
+        self.channel = Channel(capacity)
 
     def settle(self):
         self.loop.run_until_complete(asyncio.sleep(0.001))
@@ -611,7 +1039,7 @@ class ChannelMachine(RuleBasedStateMachine):
         while True:
             if self.receivers and self.buffer:
                 self.expected.append((self.receivers.pop(0), self.buffer.pop(0)))
-            elif self.senders and len(self.buffer) < 2:
+            elif self.senders and len(self.buffer) < self.capacity:
                 self.buffer.append(self.senders.pop(0)[0])
             else:
                 return
@@ -633,6 +1061,29 @@ class ChannelMachine(RuleBasedStateMachine):
         if self.closed and task in self.receivers:
             self.receivers.remove(task)
             assert isinstance(task.exception(), ChannelClosed)
+
+    @precondition(lambda self: not self.closed)
+    @rule()
+    def send_nowait(self):
+        if self.senders or len(self.buffer) == self.capacity:
+            with pytest.raises(QueueFull):
+                self.channel.send_nowait(0)
+        else:
+            self.number += 1
+            self.channel.send_nowait(self.number)
+            self.buffer.append(self.number)
+            self.match()
+            self.settle()
+
+    @rule()
+    def receive_nowait(self):
+        if self.buffer:
+            assert self.channel.receive_nowait() == self.buffer.pop(0)
+            self.match()
+            self.settle()
+        else:
+            with pytest.raises(ChannelClosed if self.closed else ChannelEmpty):
+                self.channel.receive_nowait()
 
     @precondition(lambda self: self.senders)
     @rule(data=st.data())
@@ -681,3 +1132,99 @@ class ChannelMachine(RuleBasedStateMachine):
 TestChannelAgreesWithItsModel = ChannelMachine.TestCase
 TestChannelAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
 TestChannelAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, items are conserved."
+
+
+class RestlessChannelMachine(RuleBasedStateMachine):
+    """A channel whose tasks are disturbed at any step, not only when all have come to rest."""
+
+    @initialize(
+        capacity=st.integers(1, 3),
+        overflow=st.sampled_from(["wait", "reject", "drop_oldest", "drop_newest"]),
+    )
+    def make(self, capacity, overflow):
+        self.loop = VirtualTimeLoop()
+        self.dropped = []
+        self.channel = Channel(capacity, overflow=overflow, on_drop=self.dropped.append)
+        self.tasks = []
+        self.number = 0
+        self.sent = []
+        self.received = []
+
+    def start(self, coroutine):
+        self.tasks.append(self.loop.create_task(coroutine))
+
+    @rule()
+    def send(self):
+        self.number += 1
+        self.start(self.do_send(self.number))
+
+    async def do_send(self, number):
+        with suppress(ChannelClosed, QueueFull):
+            await self.channel.send(number)
+            self.sent.append(number)
+
+    @rule()
+    def receive(self):
+        self.start(self.do_receive())
+
+    async def do_receive(self):
+        with suppress(ChannelClosed):
+            self.received.append(await self.channel.receive())
+
+    @rule(max_size=st.integers(1, 4))
+    def receive_batch(self, max_size):
+        self.start(self.do_receive_batch(max_size))
+
+    async def do_receive_batch(self, max_size):
+        with suppress(StopAsyncIteration):
+            self.received += await anext(self.channel.batches(max_size, max_wait=1))
+
+    @rule()
+    def send_nowait(self):
+        with suppress(ChannelClosed, QueueFull):
+            self.channel.send_nowait(-1)
+            self.sent.append(-1)
+
+    @rule()
+    def receive_nowait(self):
+        with suppress(ChannelClosed, ChannelEmpty):
+            self.received.append(self.channel.receive_nowait())
+
+    @precondition(lambda self: self.tasks)
+    @rule(data=st.data())
+    def cancel(self, data):
+        data.draw(st.sampled_from(self.tasks)).cancel()
+
+    @rule()
+    def close(self):
+        self.channel.close()
+
+    @rule(seconds=st.sampled_from([0, 0, 1, 3]))
+    def go_on(self, seconds):
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.tasks = [task for task in self.tasks if not task.done()]
+        if seconds > 1:  # all are at rest, and each batch has been given out
+            seen = self.channel.statistics()
+            assert self.channel._promised == 0
+            assert not (seen.waiting_receivers and (seen.buffered or seen.closed))
+            assert not (seen.waiting_senders and (seen.buffered < seen.capacity or seen.closed))
+            assert len(self.tasks) == seen.waiting_senders + seen.waiting_receivers
+
+    @invariant()
+    def conserves_the_items_and_their_order(self):
+        whole = self.received + list(self.channel._buffer)
+        if not self.dropped:
+            assert whole == self.sent
+        assert sorted(whole + self.dropped) == sorted(self.sent)
+
+    def teardown(self):
+        if hasattr(self, "loop"):
+            for task in self.tasks:
+                task.cancel()
+            self.go_on(3)
+            self.loop.close()
+
+
+TestRestlessChannel = RestlessChannelMachine.TestCase
+TestRestlessChannel.settings = settings(max_examples=100, deadline=None)
+TestRestlessChannel.__doc__ = "Whatever is cancelled at whichever step, items are conserved."

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from unittest import mock
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from concurrency_patterns.concurrency_limiter import ConcurrencyLimiter
 from concurrency_patterns.errors import ConcurrencyLimitExceeded
@@ -84,6 +91,21 @@ async def test_t1_release_then_cancel_the_woken_waiter_in_the_same_step():
     limiter.release()
 
 
+async def test_t1_a_heavy_waiter_cancelled_as_it_is_granted_gives_all_its_slots_back():
+    """T1: the slots of a cancelled waiter go to those behind it, as many as it would have had."""
+    limiter = ConcurrencyLimiter(3)
+    await limiter.acquire(3)
+    heavy = asyncio.create_task(limiter.acquire(2))
+    light = [asyncio.create_task(limiter.acquire()) for _ in range(3)]
+    await asyncio.sleep(0)
+    limiter.release(3)
+    heavy.cancel()
+
+    async with asyncio.timeout(1):
+        await asyncio.gather(*light)
+    assert limiter.statistics().in_use == 3
+
+
 @pytest.mark.parametrize("max_wait", [None, 1.5])
 def test_t2_cancelled_at_any_step_no_slot_is_lost(max_wait):
     """T2: whichever task is cancelled at whichever step, all slots come back."""
@@ -106,6 +128,37 @@ def test_t2_cancelled_at_any_step_no_slot_is_lost(max_wait):
         lambda limiter: limiter.statistics().in_use == limiter.statistics().waiting == 0,
     )
     assert runs > 20
+
+
+def test_t2_cancelled_at_any_step_no_operation_loses_a_slot():
+    """T2: weights, resize, close and drain: whoever is cancelled, all slots come back."""
+
+    async def use(limiter, weight):
+        with suppress(ConcurrencyLimitExceeded):
+            async with limiter.slots(weight):
+                await asyncio.sleep(1)
+
+    async def manage(limiter):
+        await asyncio.sleep(0.5)
+        limiter.resize(4)
+        await asyncio.sleep(1)
+        limiter.resize(2)
+        await asyncio.sleep(0.2)
+        limiter.close()
+        await limiter.drain()
+
+    async def scenario(limiter):
+        async with asyncio.TaskGroup() as group:
+            for weight in (2, 1, 2, 1, 2):
+                group.create_task(use(limiter, weight))
+            group.create_task(manage(limiter))
+
+    runs = explore_cancellation(
+        lambda: ConcurrencyLimiter(2, max_queue=4, max_wait=3),
+        scenario,
+        lambda limiter: limiter.statistics().in_use == limiter.statistics().waiting == 0,
+    )
+    assert runs > 30
 
 
 def test_the_explorer_finds_the_leak_of_a_limiter_made_of_two_semaphores():
@@ -171,6 +224,76 @@ async def test_release_without_acquire_is_an_error():
     """A slot that nobody holds cannot be given back."""
     with pytest.raises(RuntimeError, match="release without acquire"):
         ConcurrencyLimiter(1).release()
+
+
+@pytest.mark.parametrize("weight", [0, -5, 1.5, math.nan, 1.0, True, "2"])
+@pytest.mark.parametrize("use", ["acquire", "try_acquire", "release"])
+async def test_a_weight_that_is_no_whole_number_from_one_is_refused(use, weight):
+    """A bad weight is refused at once, by release too, and nothing has changed."""
+    limiter = ConcurrencyLimiter(5)
+    await limiter.acquire(2)
+    kind = ValueError if type(weight) is int else TypeError
+
+    with pytest.raises(kind, match="weight must be"):
+        done = getattr(limiter, use)(weight)
+        await done
+    assert limiter.statistics().in_use == 2
+
+
+@pytest.mark.parametrize("someone", ["waits", "drains"])
+async def test_release_from_another_thread_is_refused(someone):
+    """Where somebody would have to be woken, another thread gets a clear error."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    waiting = asyncio.create_task(limiter.acquire() if someone == "waits" else limiter.drain())
+    await asyncio.sleep(0)
+    before = limiter.statistics()
+
+    for use in (limiter.release, limiter.close, lambda: limiter.resize(2)):
+        with pytest.raises(RuntimeError, match=r"this ConcurrencyLimiter .*call_soon_threadsafe"):
+            await asyncio.to_thread(use)
+    assert limiter.statistics() == before
+    asyncio.get_running_loop().call_soon(limiter.release)
+    await waiting
+
+
+async def test_a_waiter_that_is_cancelled_is_out_of_the_line_at_once():
+    """In the very step of its cancellation, it stands in nobody's way."""
+    limiter = ConcurrencyLimiter(4)
+    await limiter.acquire(2)
+    cancelled = asyncio.create_task(limiter.acquire(4))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+
+    assert limiter.try_acquire()
+    cancelled = asyncio.create_task(limiter.acquire(4))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    limiter.resize(3)
+
+
+@pytest.mark.parametrize(("weight", "seconds"), [(1, 0.0), (3, 1.0)])
+async def test_a_newcomer_takes_the_place_of_a_cancelled_waiter(weight, seconds):
+    """A line in which the only waiter has just been cancelled is not full."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    limiter = ConcurrencyLimiter(3, max_queue=1)
+    await limiter.acquire(2)
+    cancelled = asyncio.create_task(limiter.acquire(2))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    loop.call_later(1, limiter.release, 2)
+
+    await limiter.acquire(weight)
+    assert loop.time() - start == seconds
+    assert limiter.statistics().rejected == 0
+
+
+async def test_the_repr_tells_the_bounds_that_are_set():
+    """The repr is the expression that made the limiter, without what is the default."""
+    assert repr(ConcurrencyLimiter(3)) == "ConcurrencyLimiter(limit=3)"
+    bounded = ConcurrencyLimiter(3, max_queue=0, max_wait=0.5)
+    assert repr(bounded) == "ConcurrencyLimiter(limit=3, max_queue=0, max_wait=0.5)"
 
 
 async def test_an_error_inside_gives_the_slot_back_and_comes_out_as_it_is():
@@ -368,6 +491,73 @@ async def test_a_cancelled_drain_does_not_harm_another_one():
         await drains[1]
 
 
+async def test_drain_waits_for_those_who_came_in_the_meantime():
+    """Who gets in before the drain has woken is waited for, too."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    drain = asyncio.create_task(limiter.drain())
+    await asyncio.sleep(0)
+    limiter.release()
+    assert limiter.try_acquire()
+    await asyncio.sleep(1)
+
+    assert not drain.done()
+    limiter.release()
+    await drain
+
+
+async def test_drain_waits_for_those_in_line():
+    """Who waits is let in, and waited for; whoever gives up or is refused is not."""
+    limiter = ConcurrencyLimiter(1, max_wait=3)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async def use(seconds):
+        async with limiter:
+            await asyncio.sleep(seconds)
+
+    users = [asyncio.create_task(use(2)) for _ in range(4)]
+    await asyncio.sleep(0)
+    loop.call_later(1, users[1].cancel)
+    await limiter.drain()
+
+    assert loop.time() - start == 4.0
+    outcomes = await asyncio.gather(*users, return_exceptions=True)
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        "NoneType",
+        "CancelledError",
+        "NoneType",
+        "ConcurrencyLimitExceeded",
+    ]
+
+
+def test_t34_who_waited_on_a_loop_that_is_gone_waits_no_longer():
+    """T34: waiters, their timer and drains of the old loop stand in nobody's way on the next."""
+    limiter = ConcurrencyLimiter(1, max_wait=1)
+    old = VirtualTimeLoop()
+    for use in (limiter.acquire, limiter.acquire, limiter.drain):
+        old.create_task(use())._log_destroy_pending = False
+    old.run_until_complete(asyncio.sleep(0))
+    old.close()
+
+    async def main():
+        await limiter.acquire()
+        drain = asyncio.create_task(limiter.drain())
+        with pytest.raises(ConcurrencyLimitExceeded, match="within 1 s"):
+            await limiter.acquire()
+        limiter.release()
+        await drain
+
+    run_virtual(main())
+
+
+def test_t34_drain_does_not_wait_for_what_was_held_on_a_loop_that_is_gone():
+    """T34: a slot that was never given back ends with its event loop."""
+    limiter = ConcurrencyLimiter(1)
+    run_virtual(limiter.acquire())
+    run_virtual(limiter.drain())
+
+
 async def test_waiting_and_running_are_counted_apart():
     """A timed limiter tells how long callers waited for slots, and how long they used them."""
     limiter = ConcurrencyLimiter(1, timed=True)
@@ -395,6 +585,26 @@ async def test_the_run_time_counts_each_slot_and_those_still_in_use():
     await waiting
     await asyncio.sleep(1)
     assert (limiter.statistics().runs, limiter.statistics().run_time) == (3, 9.0)
+
+
+def test_the_times_add_up_over_successive_loops():
+    """All counts go on with the next loop; slots still held at the end of one were in use."""
+    limiter = ConcurrencyLimiter(1, timed=True)
+
+    async def use():
+        async with limiter:
+            await asyncio.sleep(2)
+
+    async def main():
+        await asyncio.gather(use(), use())
+        await limiter.acquire()
+        await asyncio.sleep(3)
+
+    for _ in range(2):
+        run_virtual(main())
+    run_virtual(use())
+    seen = limiter.statistics()
+    assert (seen.runs, seen.run_time, seen.waits, seen.wait_time) == (7, 16.0, 2, 4.0)
 
 
 async def test_without_timed_nothing_reads_the_clock():
@@ -436,6 +646,21 @@ async def test_each_waiter_expires_at_its_own_time():
     limiter.release()
     await granted
     assert await last == ("wait", 5.0)
+
+
+async def test_t3_a_heavy_head_that_expires_lets_the_light_ones_in_at_once():
+    """T3: when the wait of the heavy head is over, those behind it that fit go in."""
+    limiter = ConcurrencyLimiter(3, max_wait=2)
+    await limiter.acquire(2)
+    heavy = asyncio.create_task(limiter.acquire(3))
+    await asyncio.sleep(1)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    await limiter.acquire()
+    assert loop.time() - start == 1.0
+    with pytest.raises(ConcurrencyLimitExceeded):
+        await heavy
 
 
 class LimiterMachine(RuleBasedStateMachine):
@@ -505,3 +730,79 @@ class LimiterMachine(RuleBasedStateMachine):
 TestLimiterAgreesWithItsModel = LimiterMachine.TestCase
 TestLimiterAgreesWithItsModel.settings = settings(max_examples=50, deadline=None)
 TestLimiterAgreesWithItsModel.__doc__ = "Whatever happens in whatever order, slots are conserved."
+
+
+class RestlessLimiterMachine(RuleBasedStateMachine):
+    """A limiter whose callers are disturbed at any step, not only when all have come to rest."""
+
+    @initialize(max_queue=st.sampled_from([None, 2]), max_wait=st.sampled_from([None, 1.5]))
+    def make(self, max_queue, max_wait):
+        self.loop = VirtualTimeLoop()
+        self.max_wait = max_wait
+        self.limiter = ConcurrencyLimiter(3, max_queue, max_wait, timed=True)
+        self.tasks = []
+        self.inside = []  # weights
+
+    async def acquire_and_tell(self, weight):
+        with suppress(ConcurrencyLimitExceeded):
+            await self.limiter.acquire(weight)
+            self.inside.append(weight)
+
+    @rule(weight=st.integers(1, 3))
+    def acquire(self, weight):
+        if weight <= self.limiter.statistics().limit:
+            self.tasks.append(self.loop.create_task(self.acquire_and_tell(weight)))
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def release(self, data):
+        weight = data.draw(st.sampled_from(self.inside))
+        self.inside.remove(weight)
+        self.limiter.release(weight)
+
+    @precondition(lambda self: self.tasks)
+    @rule(data=st.data())
+    def cancel(self, data):
+        data.draw(st.sampled_from(self.tasks)).cancel()
+
+    @rule()
+    def drain(self):
+        self.tasks.append(self.loop.create_task(self.limiter.drain()))
+
+    @rule()
+    def close(self):
+        self.limiter.close()
+
+    @rule(limit=st.integers(3, 5))
+    def resize(self, limit):
+        self.limiter.resize(limit)
+
+    @rule(seconds=st.sampled_from([0, 0, 1, 3]))
+    def go_on(self, seconds):
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.tasks = [task for task in self.tasks if not task.done()]
+        if seconds > 0:  # all are at rest
+            seen = self.limiter.statistics()
+            assert seen.in_use == sum(self.inside)
+            assert seen.in_use or not self.tasks
+            if seen.waiting:
+                assert seen.in_use + self.limiter._waiters[0][1] > seen.limit
+                assert seconds == 1 or self.max_wait is None
+
+    @invariant()
+    def holds_what_is_inside(self):
+        if hasattr(self, "limiter"):
+            seen = self.limiter.statistics()
+            assert sum(self.inside) <= seen.in_use <= seen.peak <= 5
+
+    def teardown(self):
+        if hasattr(self, "loop"):
+            for task in self.tasks:
+                task.cancel()
+            self.go_on(3)
+            self.loop.close()
+
+
+TestRestlessLimiter = RestlessLimiterMachine.TestCase
+TestRestlessLimiter.settings = settings(max_examples=100, deadline=None)
+TestRestlessLimiter.__doc__ = "Whatever is cancelled at whichever step, slots are conserved."

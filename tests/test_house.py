@@ -142,3 +142,35 @@ def test_every_test_says_in_one_line_what_behaviour_it_proves(path):
 
     assert functions
     assert without == []
+
+
+LEFT_BEHIND = {
+    "a task that runs": (
+        "asyncio.create_task(asyncio.sleep(1))",
+        "Leak: still running: sleep",
+    ),
+    "an error that nobody has seen": (
+        "asyncio.create_task(fail()); await asyncio.sleep(1)",
+        "Leak: Task exception was never retrieved: OSError",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "told"), LEFT_BEHIND.values(), ids=LEFT_BEHIND)
+def test_t35_an_asynchronous_test_that_leaves_something_behind_fails(line, told, tmp_path):
+    """T35: each test is failed by a task that it leaves running, and by an error left unseen."""
+    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
+    (tmp_path / "test_leak.py").write_text(
+        f"import asyncio\nasync def fail(): raise OSError\nasync def test_leak(): {line}\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert told in done.stdout

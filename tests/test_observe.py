@@ -127,21 +127,6 @@ async def test_the_listener_of_a_channel_sees_the_new_item_in_the_place_of_the_d
     assert (statistics.buffered, statistics.sent, statistics.dropped) == (0, 1, 1)
 
 
-async def test_an_on_drop_that_raises_costs_no_place_in_the_channel():
-    """The new item is in, although the function for the old one raised."""
-
-    def refuse(item):
-        raise OSError
-
-    channel = Channel(1, overflow="drop_oldest", on_drop=refuse)
-    channel.send_nowait("a")
-    with pytest.raises(OSError, match=r"^$"):
-        channel.send_nowait("b")
-
-    assert (await channel.receive(), channel.statistics().buffered) == ("b", 0)
-    channel.send_nowait("c")
-
-
 async def test_a_pool_tells_the_wait_and_the_run_of_each_task_apart():
     """The second task waits for the only worker as long as the first one runs."""
     pool, told = WorkerPool(1), Recorded()

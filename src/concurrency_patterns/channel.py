@@ -19,7 +19,9 @@ from .errors import (
     check_count,
     check_loop,
     check_seconds,
+    check_thread,
     notify,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class ChannelStatistics:
 
     Attributes:
         capacity: How many items the channel may hold.
-        buffered: How many it holds now.
+        buffered: How many it holds now; more than ``capacity`` while a batch is gathered, or if a
+            receiver was cancelled as an item was handed to it.
         peak: The most it has ever held.
         sent: How many items were sent into it.
         received: How many of them were taken out.
@@ -81,7 +84,7 @@ class Channel(Generic[T]):
         overflow: What :meth:`send` does when it is full: ``"wait"`` for room, ``"reject"`` the
             item with :exc:`~concurrency_patterns.errors.QueueFull`, ``"drop_oldest"`` to make
             room, or ``"drop_newest"``, which is the item itself.
-        on_drop: Called with each item that is dropped.
+        on_drop: Called with each item that is dropped; what it raises is logged.
 
     Attributes:
         on_event: Called with the kind and the data of an event: ``channel.dropped`` (``item``),
@@ -97,7 +100,8 @@ class Channel(Generic[T]):
 
     # An item stays in the buffer until the very step in which its receiver returns it. A task
     # that is woken is only promised an item or a slot; if it is cancelled before it runs, the
-    # promise goes to the next in line, and nothing was in flight that could have been lost.
+    # promise goes to the next in line, and nothing was in flight that could have been lost. So
+    # a receiver of a closed channel waits until all that is promised to others has been taken.
 
     def __init__(
         self,
@@ -123,6 +127,7 @@ class Channel(Generic[T]):
         self._room: float = capacity
         self._senders: deque[asyncio.Future[None]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
+        self._gathering: deque[asyncio.Future[None]] = deque()  # those whose batch has begun
         self._open_senders = 0
         self._open_receivers = 0
         self._closed = ""  # why
@@ -178,7 +183,9 @@ class Channel(Generic[T]):
         Raises:
             QueueFull: If the channel is full, or others wait for room.
             ChannelClosed: If the channel is closed.
+            RuntimeError: If the channel is in use by an event loop in another thread.
         """
+        check_thread(self, self._loop)
         if len(self._buffer) < self._room:
             self._put(item)
         elif self._closed:
@@ -200,7 +207,7 @@ class Channel(Generic[T]):
             self._bind()
         buffer = self._buffer
         if len(buffer) <= self._promised:
-            if self._closed:
+            if self._closed and not buffer:
                 raise ChannelClosed(self._closed)
             waiter = loop.create_future()
             self._receivers.append(waiter)
@@ -211,6 +218,8 @@ class Channel(Generic[T]):
                 raise
             self._promised -= 1  # the promise is kept
             self._room -= 1
+            if self._closed and len(buffer) == 1:
+                _refuse(self._receivers, self._closed)
         item = buffer.popleft()
         if self._senders and len(buffer) < self._room:
             self._offer_slot()
@@ -225,12 +234,14 @@ class Channel(Generic[T]):
         Raises:
             ChannelEmpty: If there is none, or others wait for it.
             ChannelClosed: If the channel is closed and empty.
+            RuntimeError: If the channel is in use by an event loop in another thread.
         """
+        check_thread(self, self._loop)
         if len(self._buffer) > self._promised:
             item = self._buffer.popleft()
             self._offer_slot()
             return item
-        if self._closed:
+        if self._closed and not self._buffer:
             raise ChannelClosed(self._closed)
         raise ChannelEmpty("the channel holds no item that is not promised")
 
@@ -253,38 +264,32 @@ class Channel(Generic[T]):
         except ChannelClosed:
             raise StopAsyncIteration from None
 
-    async def batches(self, max_size: int, max_wait: float) -> AsyncIterator[list[T]]:
+    def batches(self, max_size: int, max_wait: float) -> AsyncIterator[list[T]]:
         """Receive items in batches, until the channel is closed and empty.
+
+        While a batch is gathered, its items stay in the channel without taking a place there; a
+        cancelled wait for a batch has taken nothing, and the iteration can go on after it.
 
         Args:
             max_size: How many items a batch holds at most.
             max_wait: How many seconds after its first item a batch is given out at the latest.
 
-        Yields:
-            Batches of at least one item.
+        Returns:
+            An iterator over batches of at least one item.
 
         Raises:
             ValueError: If ``max_size`` is below 1, or ``max_wait`` negative or not finite.
         """
         check_count("max_size", max_size)
         check_seconds("max_wait", max_wait)
-        async for first in self:
-            batch = [first]
-            try:
-                async with asyncio.timeout(max_wait) as scope:
-                    while len(batch) < max_size:
-                        batch.append(await self.receive())
-            except ChannelClosed:
-                pass
-            except TimeoutError:
-                if not scope.expired():
-                    raise
-            yield batch
+        return _Batches(self, max_size, max_wait)
 
     def sender(self) -> Sender[T]:
         """Return one of several senders; when the last of them is closed, the channel closes.
 
-        Make all of them before the first one can be closed.
+        Make all of them before the first one can be closed. A task that is cancelled before its
+        first step never reaches its ``with``: to close a sender with its task whatever happens,
+        write ``task.add_done_callback(lambda _: sender.close())``.
         """
         self._open_senders += 1
         return Sender(self)
@@ -316,18 +321,19 @@ class Channel(Generic[T]):
         self._loop = check_loop(self, self._loop)
         self._senders.clear()  # whoever waited on a loop that is gone waits no longer
         self._receivers.clear()
+        self._gathering.clear()
         self._promised = 0
         self._room = -math.inf if self._closed else self._capacity
 
     def _close(self, reason: str) -> None:
+        check_thread(self, self._loop)
         first = not self._closed
         self._closed = self._closed or reason
         self._room = -math.inf
-        for line in (self._senders, self._receivers):
-            while line:
-                waiter = line.popleft()
-                if not waiter.done():
-                    waiter.set_exception(ChannelClosed(reason))
+        _refuse(self._senders, reason)
+        _refuse(self._gathering, reason)  # a batch that has begun waits for nothing more
+        if not self._buffer:
+            _refuse(self._receivers, reason)
         if first:
             notify(self.on_event, "channel.closed")
 
@@ -354,7 +360,7 @@ class Channel(Generic[T]):
             self._sent -= 1
             self._put(item)
         if self._on_drop is not None:
-            self._on_drop(dropped)
+            tell(self._on_drop, dropped)
         notify(self.on_event, "channel.dropped", item=dropped)
 
     def _offer_slot(self) -> None:
@@ -385,10 +391,77 @@ class Channel(Generic[T]):
 
     def _give_up_item(self, waiter: asyncio.Future[None]) -> None:
         if not _leave(self._receivers, waiter):
-            self._promised -= 1
-            self._room -= 1  # the item takes its place again
+            self._give_up_items(1)
+
+    def _give_up_items(self, count: int) -> None:
+        self._promised -= count
+        self._room -= count  # they take their places again
+        for _ in range(count):
             self._offer_item()
-            self._note_peak()
+        self._note_peak()
+
+    async def _gather_item(self, *, first: bool) -> None:
+        """Have an item promised to the caller, the ``first`` of a batch or one more."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind()
+        if len(self._buffer) > self._promised:
+            self._promised += 1
+            self._room += 1
+            self._offer_slot()
+            return
+        if self._closed and not (first and self._buffer):
+            raise ChannelClosed(self._closed)
+        waiter = loop.create_future()
+        self._receivers.append(waiter)
+        if not first:
+            self._gathering.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self._give_up_item(waiter)
+            raise
+        finally:
+            if waiter in self._gathering:
+                self._gathering.remove(waiter)
+
+    def _take_items(self, count: int) -> list[T]:
+        """Take what was promised by :meth:`_gather_item`, all in one step."""
+        self._promised -= count
+        self._room -= count
+        items = [self._buffer.popleft() for _ in range(count)]
+        if self._closed and not self._buffer:
+            _refuse(self._receivers, self._closed)
+        return items
+
+
+class _Batches(Generic[T]):
+    """The batches of a channel: no generator, for that would end with its first time-out."""
+
+    def __init__(self, channel: Channel[T], max_size: int, max_wait: float) -> None:
+        self._channel = channel
+        self._max_size = max_size
+        self._max_wait = max_wait
+
+    def __aiter__(self) -> _Batches[T]:
+        return self
+
+    async def __anext__(self) -> list[T]:
+        gathered = 0
+        try:
+            await self._channel._gather_item(first=True)
+            gathered = 1
+            async with asyncio.timeout(self._max_wait):
+                while gathered < self._max_size:
+                    await self._channel._gather_item(first=False)
+                    gathered += 1
+        except (ChannelClosed, TimeoutError):
+            if not gathered:
+                raise StopAsyncIteration from None
+        except BaseException:
+            self._channel._give_up_items(gathered)
+            raise
+        return self._channel._take_items(gathered)
 
 
 class _End(Generic[T]):
@@ -474,6 +547,14 @@ def _leave(line: deque[asyncio.Future[None]], waiter: asyncio.Future[None]) -> b
     return waiter.exception() is not None
 
 
+def _refuse(line: deque[asyncio.Future[None]], reason: str) -> None:
+    """Tell all in a line that they wait in vain."""
+    while line:
+        waiter = line.popleft()
+        if not waiter.done():
+            waiter.set_exception(ChannelClosed(reason))
+
+
 async def produce_consume(
     source: Iterable[T] | AsyncIterable[T],
     handle: Callable[[T], Awaitable[object]],
@@ -485,14 +566,16 @@ async def produce_consume(
     """Handle every item of a source, several at a time, and end when all are handled.
 
     The source is read only as fast as the consumers keep up: at most ``capacity`` items wait.
+    Each consumer is one task: a context variable that ``handle`` sets is still set when the same
+    consumer handles its next item.
 
     Args:
         source: The items; an iterable or an asynchronous one, also an endless one.
         handle: Called with each item, exactly once.
         consumers: How many items are handled at the same time.
         capacity: How many items may wait between the source and the consumers.
-        unhandled: A list that receives, if something fails or is cancelled, the items that were
-            read from the source and whose ``handle`` did not return.
+        unhandled: A list to which are added, if something fails or is cancelled, the items that
+            were read from the source and whose ``handle`` did not return.
 
     Raises:
         ExceptionGroup: If the source or ``handle`` raises. Everything else is cancelled first.
@@ -500,7 +583,7 @@ async def produce_consume(
     """
     check_count("consumers", consumers)
     channel: Channel[T] = Channel(capacity)
-    left: list[T] = [] if unhandled is None else unhandled
+    left: list[T] = []
 
     async def produce() -> None:
         async with aclosing(_each(source)) as items:
@@ -529,6 +612,8 @@ async def produce_consume(
                 consumer.add_done_callback(functools.partial(_close, channel.receiver()))
     finally:
         left.extend(channel._buffer)
+        if unhandled is not None:
+            unhandled.extend(left)
     if left:
         raise PatternError(f"{len(left)} items were not handled: a consumer was cancelled")
 

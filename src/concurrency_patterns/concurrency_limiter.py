@@ -10,7 +10,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast
 
-from .errors import ConcurrencyLimitExceeded, check_count, check_loop, check_seconds, notify
+from .errors import (
+    ConcurrencyLimitExceeded,
+    check_count,
+    check_loop,
+    check_seconds,
+    check_thread,
+    notify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -23,6 +30,8 @@ R = TypeVar("R")
 
 # Who waits, for how many slots, and since when if anybody wants to know.
 _Waiter: TypeAlias = "tuple[asyncio.Future[None], int, float | None]"
+
+_ONE = 1  # the usual weight; True and 1.0 equal it, but are not it
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +123,12 @@ class ConcurrencyLimiter:
         self._runs = 0
         self._run_time = 0.0  # the integral of _in_use over time
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._time: Callable[[], float] = float  # the loop's, when there is one
 
     def __repr__(self) -> str:
-        return f"ConcurrencyLimiter(limit={self._limit})"
+        bounds = {"limit": self._limit, "max_queue": self._max_queue, "max_wait": self._max_wait}
+        told = [f"{name}={value}" for name, value in bounds.items() if value is not None]
+        return f"ConcurrencyLimiter({', '.join(told)})"
 
     async def acquire(self, weight: int = 1) -> None:
         """Take ``weight`` slots; wait in line until they are free.
@@ -133,7 +145,7 @@ class ConcurrencyLimiter:
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._bind()
-        if weight != 1:
+        if weight is not _ONE:
             self._check(weight)
         if self._in_use + weight <= self._limit and not self._waiters and not self._closed:
             # As _take() does, written out: the call would add a tenth.
@@ -143,7 +155,8 @@ class ConcurrencyLimiter:
             if self._timed:
                 self._begin_run(weight)
             return
-        self._refuse_if_overloaded()
+        if self._closed or self._max_queue is not None:
+            self._refuse_if_overloaded()
         waiter = loop.create_future()
         joined = loop.time() if self._wants_time or self.on_event is not None else None
         entry = (waiter, weight, joined)
@@ -179,8 +192,9 @@ class ConcurrencyLimiter:
         """
         if asyncio.get_running_loop() is not self._loop:
             self._bind()
-        if weight != 1:
+        if weight is not _ONE:
             self._check(weight)
+        self._grant()  # who was cancelled in this very step is in nobody's way
         if self._waiters or self._closed or self._in_use + weight > self._limit:
             return False
         self._take(weight)
@@ -193,11 +207,19 @@ class ConcurrencyLimiter:
             weight: How many slots.
 
         Raises:
-            RuntimeError: If fewer slots are in use.
+            ValueError: If ``weight`` is below 1.
+            RuntimeError: If fewer slots are in use, or somebody waits for them in another thread.
         """
+        if weight is not _ONE:
+            check_count("weight", weight)
         if self._in_use < weight:
             held = f"only {self._in_use} slots are" if self._in_use else "no slot is"
             raise RuntimeError(f"release without acquire: {held} in use")
+        if not (self._waiters or self._emptied is not None or self._timed):
+            self._in_use -= weight  # nobody to tell
+            return
+        if asyncio._get_running_loop() is not self._loop:  # asked here for speed, too
+            check_thread(self, self._loop)
         if self._waiters and self._in_use == self._limit:
             waiter, wanted, _ = self._waiters[0]
             if wanted == weight and not waiter.done():
@@ -205,13 +227,11 @@ class ConcurrencyLimiter:
                 waiter.set_result(None)  # handed over: as much stays in use as before
                 self._runs += self._timed
                 return
-        self._in_use -= weight
-        if self._timed:
-            self._run_time += weight * asyncio.get_running_loop().time()
-        if self._waiters:
-            self._grant()
-        if self._emptied is not None:
-            self._tell_if_empty()
+        self._give_back(weight)
+        self._grant()
+        if self._emptied is not None and not self._in_use:
+            self._emptied.set_result(None)
+            self._emptied = None
 
     __aenter__ = acquire
 
@@ -277,7 +297,9 @@ class ConcurrencyLimiter:
             ValueError: If ``limit`` is below 1, or below what somebody in line waits for.
         """
         check_count("limit", limit)
-        widest = max((weight for _, weight, _ in self._waiters), default=1)
+        check_thread(self, self._loop)
+        waiting = [weight for waiter, weight, _ in self._waiters if not waiter.done()]
+        widest = max(waiting, default=1)
         if limit < widest:
             raise ValueError(f"limit must be at least {widest}, which is waited for, got {limit}")
         self._limit = limit
@@ -285,25 +307,28 @@ class ConcurrencyLimiter:
 
     async def drain(self) -> None:
         """Wait until no slot is in use and nobody waits."""
-        while self._in_use or self._waiters:
-            if self._emptied is None or self._emptied.done():
-                self._emptied = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind()
+        while self._in_use:  # who waits does so for slots in use
+            if self._emptied is None:
+                self._emptied = loop.create_future()
             await asyncio.shield(self._emptied)
 
     def close(self) -> None:
         """Let nobody in any more; those who wait are refused, those who are inside stay."""
+        check_thread(self, self._loop)
         self._closed = True
         while self._waiters:
             waiter, _, _ = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(self._refusal("closed", "the limiter is closed"))
-        self._tell_if_empty()
 
     def statistics(self) -> ConcurrencyLimiterStatistics:
         """Return what the limiter holds and has done."""
         run_time = self._run_time
         if self._timed and self._in_use:  # they are still at it
-            run_time += self._in_use * asyncio.get_running_loop().time()
+            run_time += self._in_use * self._time()
         return ConcurrencyLimiterStatistics(
             limit=self._limit,
             in_use=self._in_use,
@@ -329,10 +354,15 @@ class ConcurrencyLimiter:
 
     def _begin_run(self, weight: int) -> None:
         self._runs += 1
-        self._run_time -= weight * asyncio.get_running_loop().time()
+        self._run_time -= weight * self._time()
+
+    def _give_back(self, weight: int) -> None:
+        self._in_use -= weight
+        if self._timed:
+            self._run_time += weight * self._time()
 
     def _end_wait(self, weight: int, joined: float) -> None:
-        seconds = asyncio.get_running_loop().time() - joined
+        seconds = self._time() - joined
         if self._timed:
             self._wait_time += seconds
         notify(self.on_event, "concurrency_limiter.waited", seconds=seconds, weight=weight)
@@ -340,9 +370,9 @@ class ConcurrencyLimiter:
     def _bind(self) -> None:
         self._loop = check_loop(self, self._loop)
         self._waiters.clear()  # whoever waited or held a slot on a loop that is gone does no longer
+        self._give_back(self._in_use)
+        self._time = self._loop.time
         self._timer = None
-        self._in_use = 0
-        self._run_time = 0.0
         self._emptied = None
 
     def _refusal(self, reason: str, message: str) -> ConcurrencyLimitExceeded:
@@ -358,8 +388,10 @@ class ConcurrencyLimiter:
         if self._closed:
             self._refuse("closed", "the limiter is closed")
         if self._max_queue is not None and len(self._waiters) >= self._max_queue:
+            self._grant()  # who was cancelled in this very step does not fill the line
             waiting = len(self._waiters)
-            self._refuse("queue", f"{self._in_use} are inside and {waiting} wait")
+            if waiting >= self._max_queue:
+                self._refuse("queue", f"{self._in_use} are inside and {waiting} wait")
 
     def _set_timer(self) -> None:
         """Wait for the first in line: all may wait equally long, so they expire in their order."""
@@ -372,7 +404,7 @@ class ConcurrencyLimiter:
     def _expire(self, due: float) -> None:
         """Refuse those whose wait is over, and set the timer for whoever is the first then."""
         self._timer = None
-        now = max(due, asyncio.get_running_loop().time())
+        now = max(due, self._time())
         while self._waiters and self._due(self._waiters[0]) <= now:
             waiter, _, _ = self._waiters.popleft()
             if not waiter.done():
@@ -381,13 +413,11 @@ class ConcurrencyLimiter:
         if self._waiters:
             self._set_timer()
         self._grant()  # a heavy one may have stood in front of lighter ones
-        self._tell_if_empty()
 
     def _leave(self, entry: _Waiter) -> None:
         if entry in self._waiters:
             self._waiters.remove(entry)
-            self._grant()  # it may have stood in front of lighter ones
-            self._tell_if_empty()
+        self._grant()  # it may have stood in front of lighter ones
 
     def _grant(self) -> None:
         """Hand slots to those in line, in order; a heavy one is not passed by lighter ones."""
@@ -399,8 +429,3 @@ class ConcurrencyLimiter:
                 self._take(weight)
                 waiter.set_result(None)
             self._waiters.popleft()
-
-    def _tell_if_empty(self) -> None:
-        empty = self._in_use == 0 and not self._waiters
-        if empty and self._emptied is not None and not self._emptied.done():
-            self._emptied.set_result(None)

@@ -195,6 +195,22 @@ def check_loop(owner: object, bound: asyncio.AbstractEventLoop | None) -> asynci
     return loop
 
 
+def check_thread(owner: object, bound: asyncio.AbstractEventLoop | None) -> None:
+    """Let ``owner`` be used, without waiting, only where its loop runs, or while it does not.
+
+    A future that is set from another thread does not wake its loop, which may sleep for hours.
+
+    Raises:
+        RuntimeError: If the loop to which ``owner`` is bound is running in another thread.
+    """
+    if bound is not None and asyncio._get_running_loop() is not bound and bound.is_running():
+        name = type(owner).__name__
+        raise RuntimeError(
+            f"this {name} is in use by an event loop in another thread; "
+            "call it there, with loop.call_soon_threadsafe()"
+        )
+
+
 def cancel_requests() -> int:
     """Return how often the current task was cancelled, without having dealt with it."""
     try:
