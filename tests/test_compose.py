@@ -237,7 +237,7 @@ async def test_a_retry_inside_a_limiter_keeps_its_slot_while_it_waits() -> None:
         await asyncio.sleep(0)
         await pipeline.call(Service())
         seconds = loop.time() - start
-        await asyncio.wait([failing])
+        await asyncio.gather(failing, return_exceptions=True)
         return seconds
 
     assert await second_is_served_after(compose(retry(), ConcurrencyLimiter(1))) == 0

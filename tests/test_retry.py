@@ -401,7 +401,7 @@ async def test_cancelled_task_group_is_not_retried(at: str, name: str) -> None:
         if at != "while it fails":
             await asyncio.sleep(1.2)
             task.cancel()
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
     assert raiser.calls == 1
 
 

@@ -281,12 +281,13 @@ async def test_t16_map_reads_an_endless_source_only_a_bounded_way_ahead(ordered,
     taken = 0
     async with WorkerPool(workers=3) as pool:
         items = slow_source() if asynchronous else source()
-        async for _ in pool.map(double, items, ordered=ordered):
-            taken += 1
-            await asyncio.sleep(1)
-            assert len(read) <= taken + 2 * 3
-            if taken == 5:
-                break
+        async with aclosing(pool.map(double, items, ordered=ordered)) as results:
+            async for _ in results:
+                taken += 1
+                await asyncio.sleep(1)
+                assert len(read) <= taken + 2 * 3
+                if taken == 5:
+                    break
 
 
 @pytest.mark.parametrize("ordered", [True, False])
