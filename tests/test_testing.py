@@ -86,10 +86,7 @@ def test_in_a_deadlock_a_task_without_a_name_goes_by_what_it_runs(factory):
 
 
 def test_timers_fire_however_long_the_clock_has_run():
-    """After years a nanosecond is less than the step between two numbers; timers fire all the same.
-
-    They fire in order, and not long before they are due.
-    """
+    """After years a nanosecond is less than the step of the clock; timers fire all the same."""
 
     async def main():
         loop = asyncio.get_running_loop()
