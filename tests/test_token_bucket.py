@@ -280,9 +280,10 @@ async def test_tokens_that_come_between_two_ticks_of_the_clock_are_served(rate):
 
 
 @pytest.mark.parametrize("rate", [0.3, 3, 7, 999, 1 / 86_400])
-async def test_who_sleeps_as_long_as_a_token_takes_finds_it(rate):
+@pytest.mark.parametrize("strict", [False, True])
+async def test_who_sleeps_as_long_as_a_token_takes_finds_it(rate, strict):
     """Rounding on the clock's side does not make a token come too late."""
-    bucket = TokenBucket(rate, 1)
+    bucket = TokenBucket.strict(1, per=1 / rate) if strict else TokenBucket(rate, 1)
     for _ in range(1000):
         assert bucket.try_acquire()
         assert not bucket.try_acquire()

@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import math
+from asyncio import get_running_loop
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
@@ -155,7 +156,7 @@ class TokenBucket:
             RateLimitExceeded: If the wait would be too long; its ``retry_after`` tells after how
                 many seconds the tokens will be there.
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
         if n is not ONE:
@@ -164,11 +165,11 @@ class TokenBucket:
             check_seconds("timeout", timeout)
         line, level, now = self._line, self._level, loop.time()
         if level.full_at <= now and not line.waiters:
-            # As line.take() does, written out: most calls find a full bucket, and the calls
-            # would double their time.
+            # As line.take() does, written out: most calls find a full bucket, and it would double
+            # their time. For the same reason the loop is got without looking into asyncio.
             level.full_at = now + n * level.interval
             line.granted += 1
-        elif not line.take(n, now):
+        elif line.waiters or not line.take(n, now):
             if self.on_event is None:
                 await line.wait(n, timeout)
             else:
@@ -186,7 +187,7 @@ class TokenBucket:
         Raises:
             ValueError: If ``n`` is below 1 or above the capacity.
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
         if n is not ONE:
@@ -196,7 +197,7 @@ class TokenBucket:
             level.full_at = now + n * level.interval
             line.granted += 1
             return True
-        if line.take(n, now):
+        if not line.waiters and line.take(n, now):
             return True
         line.rejected += 1
         if self.on_event is not None:
@@ -370,7 +371,7 @@ class TokenBuckets:
             self._buckets[name]._check(n)
         if timeout is not None:
             check_seconds("timeout", timeout)
-        if not self._line.take(costs, loop.time()):
+        if self._line.waiters or not self._line.take(costs, loop.time()):
             await _wait_and_tell(self, self._line, costs, timeout)
 
     def settle(self, name: str, estimated: int, actual: int) -> None:
@@ -437,8 +438,8 @@ class _Line(Generic[Cost]):
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self, n: Cost, now: float) -> bool:
-        """Take tokens if they are there and nobody waits."""
-        if self.waiters or not self.level.take(n, now):
+        """Take tokens if they are there; only for when nobody waits."""
+        if not self.level.take(n, now):
             return False
         self.level.start(n, now)
         self.granted += 1
@@ -446,8 +447,10 @@ class _Line(Generic[Cost]):
 
     async def wait(self, n: Cost, timeout: float | None) -> None:  # noqa: ASYNC109 -- as above
         """Wait in line until the tokens are granted."""
-        loop = asyncio.get_running_loop()
-        waiter = (loop.create_future(), n, self._latest(n, timeout, loop.time()))
+        loop = get_running_loop()
+        limit = _least(timeout, remaining())
+        latest = math.inf if limit is None else self._latest(n, limit, loop.time())
+        waiter = (loop.create_future(), n, latest)
         self.join(waiter)
         if self._timer is None:
             self.serve()
@@ -475,11 +478,8 @@ class _Line(Generic[Cost]):
             now = _play(level, ahead, now)
         return level.due(n, now)
 
-    def _latest(self, n: Cost, timeout: float | None, now: float) -> float:
+    def _latest(self, n: Cost, limit: float, now: float) -> float:
         """Return until when the call may wait; refuse it if it would wait for longer."""
-        limit = _least(timeout, remaining())
-        if limit is None:
-            return math.inf
         wait = self.due(n, now) - now
         if wait > limit + EARLY:
             raise self._refusal(wait, limit)
@@ -506,7 +506,7 @@ class _Line(Generic[Cost]):
 
         Their wait was foreseen when they joined; nothing but such a change makes it longer.
         """
-        now = at = asyncio.get_running_loop().time()
+        now = at = get_running_loop().time()
         level = self.level.copy()
         for waiter in list(self.waiters):
             future, n, latest = waiter
@@ -520,7 +520,7 @@ class _Line(Generic[Cost]):
 
     def serve(self) -> None:
         """Grant what can be granted, in order, and set the timer for the next in line."""
-        self._serve(asyncio.get_running_loop().time(), 0.0)
+        self._serve(get_running_loop().time(), 0.0)
 
     def _ring(self, due: float) -> None:
         """Serve at the moment for which the timer was set, or as long after it as it was late.
@@ -528,7 +528,7 @@ class _Line(Generic[Cost]):
         A timer may fire a nanosecond early, and on a clock of many days that is less than the
         next number. So its moment counts as come.
         """
-        now = asyncio.get_running_loop().time()
+        now = get_running_loop().time()
         self._serve(max(now, due), min(max(0.0, now - due), LATE))
 
     def _serve(self, now: float, late: float) -> None:
@@ -541,7 +541,7 @@ class _Line(Generic[Cost]):
             if not future.done():
                 if not self.level.take(n, now, late):
                     due = self.level.due(n, now)
-                    self._timer = asyncio.get_running_loop().call_at(due, self._ring, due)
+                    self._timer = get_running_loop().call_at(due, self._ring, due)
                     return
                 self.granted += 1
                 future.set_result(None)
@@ -586,7 +586,7 @@ async def _wait_and_tell(
     timeout: float | None,  # noqa: ASYNC109 -- as above
 ) -> None:
     """Wait in line, and tell the listener how that went."""
-    clock = asyncio.get_running_loop().time
+    clock = get_running_loop().time
     start = clock()
     try:
         await line.wait(n, timeout)
