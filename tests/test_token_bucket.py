@@ -50,8 +50,8 @@ def run_late(main, *delays):
         return runner.run(main)
 
 
-async def starts(bucket, count):
-    """Return when each of so many tasks went on that all asked for a token at once."""
+async def starts(bucket, each, pauses=(0,)):
+    """Return when each of the tasks went on that ask for a token, so many after each pause."""
     loop = asyncio.get_running_loop()
     times = []
 
@@ -60,8 +60,10 @@ async def starts(bucket, count):
         times.append(loop.time())
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(count):
-            group.create_task(request())
+        for pause in pauses:
+            await asyncio.sleep(pause)
+            for _ in range(each):
+                group.create_task(request())
     return times
 
 
@@ -221,24 +223,7 @@ def test_t5_no_window_grants_more_than_capacity_plus_rate_times_window(
     rate, capacity, pauses, window
 ):
     """T5: any window of W seconds grants at most capacity + rate * W."""
-
-    async def run():
-        bucket = TokenBucket(rate=rate, capacity=capacity)
-        loop = asyncio.get_running_loop()
-        times = []
-
-        async def request():
-            await bucket.acquire()
-            times.append(loop.time())
-
-        async with asyncio.TaskGroup() as group:
-            for pause in pauses:
-                await asyncio.sleep(pause)
-                for _ in range(3):
-                    group.create_task(request())
-        return times
-
-    times = run_virtual(run())
+    times = run_virtual(starts(TokenBucket(rate=rate, capacity=capacity), 3, pauses))
     for first in times:
         inside = sum(first <= time < first + window for time in times)
         assert inside <= capacity + rate * window + 1e-6
@@ -441,24 +426,7 @@ async def test_a_wait_beyond_the_deadline_is_refused_at_once():
 )
 def test_t5_a_strict_bucket_never_lets_more_than_its_limit_through_in_any_period(limit, pauses):
     """T5: in any second at most the limit starts, also after idling."""
-
-    async def run():
-        bucket = TokenBucket.strict(limit, per=1)
-        loop = asyncio.get_running_loop()
-        times = []
-
-        async def request():
-            await bucket.acquire()
-            times.append(loop.time())
-
-        async with asyncio.TaskGroup() as group:
-            for pause in pauses:
-                await asyncio.sleep(pause)
-                for _ in range(3):
-                    group.create_task(request())
-        return times
-
-    times = run_virtual(run())
+    times = run_virtual(starts(TokenBucket.strict(limit, per=1), 3, pauses))
     for first in times:
         assert sum(first <= time < first + 1 - 1e-6 for time in times) <= limit
 
