@@ -213,6 +213,7 @@ def test_t2_cancelled_at_any_step_no_token_is_lost():
     assert explore_cancellation(Requests, scenario, Requests.whole) > 10
 
 
+@settings(deadline=None)
 @given(
     rate=st.integers(1, 50),
     capacity=st.integers(1, 20),
@@ -420,6 +421,7 @@ async def test_a_wait_beyond_the_deadline_is_refused_at_once():
     assert asyncio.get_running_loop().time() == start
 
 
+@settings(deadline=None)
 @given(
     limit=st.integers(1, 8),
     pauses=st.lists(st.floats(0, 1.5), min_size=1, max_size=30),
