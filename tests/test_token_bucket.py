@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from concurrency_patterns.errors import RateLimitExceeded
 from concurrency_patterns.testing import VirtualTimeLoop, explore_cancellation, run_virtual
 from concurrency_patterns.timeout import deadline
-from concurrency_patterns.token_bucket import LATE, TokenBucket, TokenBuckets, _Level
+from concurrency_patterns.token_bucket import LATE, TokenBucket, TokenBuckets, _Level, _Window
 
 
 async def grant_times(bucket, requests):
@@ -617,6 +617,7 @@ class BucketMachine(RuleBasedStateMachine):
         self.rate, self.tokens = 4, Fraction(6)
         self.now = Fraction(0)
         self.line = []  # (n, latest, task), in order
+        self.tasks = []
         self.granted = self.rejected = 0
 
     def run(self, *actions, seconds=0):
@@ -643,6 +644,7 @@ class BucketMachine(RuleBasedStateMachine):
             else:
                 self.line.remove(entry)
                 self.rejected += 1
+        self.grant()
 
     def give_back(self, n):
         self.tokens = min(self.tokens + n, Fraction(6))
@@ -653,11 +655,9 @@ class BucketMachine(RuleBasedStateMachine):
         seconds = None if timeout is None else float(timeout)
         task = self.loop.create_task(self.bucket.acquire(n, seconds))
         self.line.append((n, math.inf if timeout is None else self.now + timeout, task))
+        self.tasks.append(task)
         self.refuse()
-        self.grant()
         self.run()
-        if task.done() and task.exception():
-            assert isinstance(task.exception(), RateLimitExceeded)
 
     @rule(n=st.integers(1, 6))
     def try_acquire(self, n):
@@ -706,10 +706,13 @@ class BucketMachine(RuleBasedStateMachine):
         assert (seen.granted, seen.rejected) == (self.granted, self.rejected)
 
     def teardown(self):
-        for _, _, task in self.line:
+        for task in self.tasks:
             task.cancel()
-        self.run()
+        ended = asyncio.gather(*self.tasks, return_exceptions=True)
+        told = self.loop.run_until_complete(ended) if self.tasks else []
         self.loop.close()
+        assert sum(result is None for result in told) <= self.granted
+        assert sum(isinstance(result, RateLimitExceeded) for result in told) <= self.rejected
 
 
 TestBucketAgreesWithItsModel = BucketMachine.TestCase
@@ -1101,3 +1104,41 @@ def test_t2_cancelled_at_any_step_a_strict_bucket_counts_what_has_started():
                 group.create_task(calls.call(n, timeout))
 
     assert explore_cancellation(Calls, scenario, Calls.whole) > 10
+
+
+def test_t8_a_strict_bucket_on_a_clock_that_steps_back_is_not_stuck():
+    """T8: what was taken on a clock that was ahead counts from now on."""
+    bucket = TokenBucket.strict(limit=2, per=1)
+
+    async def spend_late():
+        await asyncio.sleep(3600)
+        await bucket.acquire(2)
+
+    run_virtual(spend_late())
+    assert run_virtual(grant_times(bucket, [1, 1])) == [1.0, 1.0]
+
+
+def test_a_token_whose_call_has_not_started_yet_counts_from_now_on():
+    """It comes back a period from now at the earliest; from the change, if its loop is gone."""
+    window = _Window(limit=1, per=5)
+    assert window.take(1, now=1000)
+    assert window.due(1, now=1003) == 1008
+    window.on_clock_changed(now=1004)
+    assert window.due(1, now=1005) == 1009
+    assert window.tokens(now=1009) == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_t34_those_who_waited_on_a_loop_that_is_gone_are_forgotten(several):
+    """T34: nobody who was left behind on a closed loop stands before the calls on the next one."""
+    bucket = TokenBucket(rate=1, capacity=1)
+    limits = TokenBuckets(a=bucket) if several else bucket
+    cost = {"a": 1} if several else 1
+    loop = VirtualTimeLoop()
+    loop.run_until_complete(limits.acquire(cost))
+    left = loop.create_task(limits.acquire(cost))
+    loop.run_until_complete(asyncio.sleep(0.5))
+    loop.close()
+
+    run_virtual(limits.acquire(cost))
+    assert not left.done()
