@@ -1159,6 +1159,19 @@ def test_t8_a_strict_bucket_on_a_clock_that_steps_back_is_not_stuck():
     assert run_virtual(grant_times(bucket, [1, 1])) == [1.0, 1.0]
 
 
+def test_t8_several_buckets_on_a_clock_that_steps_back_are_not_stuck():
+    """T8: each of them begins anew with the clock, and is empty at worst."""
+    limits = TokenBuckets(a=TokenBucket(rate=1, capacity=1))
+
+    async def spend(after):
+        await asyncio.sleep(after)
+        start = asyncio.get_running_loop().time()
+        await limits.acquire({"a": 1})
+        return asyncio.get_running_loop().time() - start
+
+    assert [run_virtual(spend(3600)), run_virtual(spend(0))] == [0.0, 1.0]
+
+
 def test_a_token_whose_call_has_not_started_yet_counts_from_now_on():
     """It comes back a period from now at the earliest; from the change, if its loop is gone."""
     window = _Window(limit=1, per=5)
