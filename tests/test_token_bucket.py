@@ -374,13 +374,28 @@ def test_one_timer_serves_all_who_wait():
         runner.run(main())
 
 
-async def test_ten_thousand_who_join_with_a_timeout_do_not_look_at_each_other():
+KINDS = {
+    "plain": lambda: TokenBucket(rate=2, capacity=3),
+    "strict": lambda: TokenBucket.strict(limit=3, per=1.5),
+    "several": lambda: TokenBuckets(a=TokenBucket(2, 3), b=TokenBucket.strict(3, per=1)),
+}
+
+
+def ask(bucket, n, patience=None):
+    """Acquire so many tokens; if there are several buckets, of each, but of one more often."""
+    if isinstance(bucket, TokenBuckets):
+        return bucket.acquire({"b": n} if n == 1 else {"a": n, "b": 1}, patience)
+    return bucket.acquire(n, patience)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_thousands_who_join_with_a_timeout_do_not_look_at_each_other(kind):
     """To tell how long the line is, nobody walks along it."""
 
     async def join(patience):
-        bucket = TokenBucket(rate=1, capacity=1)
+        bucket = KINDS[kind]()
         start = process_time()
-        waiting = [asyncio.create_task(bucket.acquire(1, patience)) for _ in range(10_000)]
+        waiting = [asyncio.create_task(ask(bucket, 2, patience)) for _ in range(5000)]
         await asyncio.sleep(0)
         spent = process_time() - start
         for task in waiting:
@@ -389,6 +404,53 @@ async def test_ten_thousand_who_join_with_a_timeout_do_not_look_at_each_other():
         return spent
 
     assert await join(1e6) < 10 * await join(None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(
+    actions=st.lists(
+        st.one_of(
+            st.tuples(st.sampled_from(["join", "settle"]), st.integers(1, 3)),
+            st.tuples(st.sampled_from(["cancel", "wait"]), st.integers(0, 9)),
+        ),
+        max_size=25,
+    )
+)
+def test_the_wait_that_a_refusal_foretells_is_the_wait_that_it_takes(kind, actions):
+    """Whatever happened before, and however often it was asked."""
+
+    async def foretold(bucket):
+        with pytest.raises(RateLimitExceeded) as caught:
+            await ask(bucket, 3, 0)
+        return caught.value.retry_after
+
+    async def run():
+        bucket = KINDS[kind]()
+        loop = asyncio.get_running_loop()
+        await ask(bucket, 3)
+        joined = []
+        for action, n in actions:
+            if action == "join":
+                joined.append(loop.create_task(ask(bucket, n, 1e6)))
+            elif action == "settle":
+                bucket.settle(*(["a"] if kind == "several" else []), 0, n)
+            elif action == "wait":
+                await asyncio.sleep(n / 8)
+            elif joined:
+                joined[n % len(joined)].cancel()
+            await asyncio.sleep(0)
+            with contextlib.suppress(RateLimitExceeded):
+                await ask(bucket, 3, 0)
+        last = loop.create_task(ask(bucket, 3))
+        await asyncio.sleep(0)
+        wait = await foretold(bucket)
+        start = loop.time()
+        await ask(bucket, 3, wait)
+        assert loop.time() - start == pytest.approx(wait)
+        await asyncio.wait([last, *joined])
+
+    run_virtual(run())
 
 
 async def test_t7_a_million_acquisitions_do_not_drift():
@@ -1196,3 +1258,4 @@ def test_t34_those_who_waited_on_a_loop_that_is_gone_are_forgotten(several):
 
     run_virtual(limits.acquire(cost))
     assert not left.done()
+    left._log_destroy_pending = False  # it was left behind on purpose

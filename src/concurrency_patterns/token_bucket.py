@@ -436,9 +436,12 @@ class _Line(Generic[Cost]):
         """Forget who waited on a loop that is gone: they wait no longer."""
         self.waiters: deque[_Waiter[Cost]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        # How the level will be when all in line have been served, and when; None if not known.
+        self._plan: tuple[_Source[Cost], float] | None = None
 
     def take(self, n: Cost, now: float) -> bool:
         """Take tokens if they are there; only for when nobody waits."""
+        self._plan = None
         if not self.level.take(n, now):
             return False
         self.level.start(n, now)
@@ -462,21 +465,29 @@ class _Line(Generic[Cost]):
         if refused is not None:
             raise refused
         self.level.start(n, loop.time())
+        self._plan = None
 
     def join(self, waiter: _Waiter[Cost]) -> None:
         """Stand in line."""
         self.waiters.append(waiter)
+        if self._plan is not None:
+            level, at = self._plan
+            self._plan = level, _play(level, waiter[1], at)
 
     def leave(self, waiter: _Waiter[Cost]) -> None:
         """Stand in line no longer."""
         self.waiters.remove(waiter)
+        self._plan = None
 
     def due(self, n: Cost, now: float) -> float:
         """Return when a call that joins the line now can be served."""
-        level = self.level.copy()
-        for _, ahead, _ in self.waiters:
-            now = _play(level, ahead, now)
-        return level.due(n, now)
+        if self._plan is None:
+            level, at = self.level.copy(), now
+            for _, ahead, _ in self.waiters:
+                at = _play(level, ahead, at)
+            self._plan = level, at
+        level, at = self._plan
+        return level.due(n, max(now, at))
 
     def _latest(self, n: Cost, limit: float, now: float) -> float:
         """Return until when the call may wait; refuse it if it would wait for longer."""
@@ -520,6 +531,7 @@ class _Line(Generic[Cost]):
 
     def serve(self) -> None:
         """Grant what can be granted, in order, and set the timer for the next in line."""
+        self._plan = None
         self._serve(get_running_loop().time(), 0.0)
 
     def _ring(self, due: float) -> None:
