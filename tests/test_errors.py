@@ -113,6 +113,14 @@ def test_a_listener_is_told_the_kind_and_the_data():
     assert told == [("module.happened", {"seconds": 0.5})]
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+@pytest.mark.parametrize("check", [check_positive, check_seconds])
+def test_a_whole_number_that_no_float_can_hold_is_refused_like_an_infinite_one(check, value):
+    """A huge int is refused by name and value, not by an overflow somewhere below."""
+    with pytest.raises(ValueError, match="rate must be finite, got"):
+        check("rate", value)
+
+
 @pytest.mark.parametrize("hashable", [True, False])
 def test_a_listener_that_raises_is_logged_once_for_each_type(caplog, hashable):
     """What a listener raises, even CancelledError, is logged once for each type, never raised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
@@ -10,6 +11,8 @@ import time
 
 import pytest
 
+from concurrency_patterns.compose import compose
+from concurrency_patterns.retry import Fixed, Retry
 from concurrency_patterns.testing import (
     CancellationFault,
     Chaos,
@@ -62,6 +65,38 @@ def test_a_deadlock_is_told_with_the_names_of_the_tasks():
 
     with pytest.raises(Deadlock, match="waits for nothing"):
         run_virtual(main())
+
+
+@pytest.mark.parametrize(
+    "factory", [None, lambda loop, coro, **options: asyncio.Task(coro, loop=loop)]
+)
+def test_in_a_deadlock_a_task_without_a_name_goes_by_what_it_runs(factory):
+    """Neither "Task-49" nor "None", which some versions say, tells who waits."""
+
+    async def waits():
+        await asyncio.Event().wait()
+
+    async def main():
+        asyncio.get_running_loop().set_task_factory(factory)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(waits())
+
+    with pytest.raises(Deadlock, match=r"wait for ever: main, waits$"):
+        run_virtual(main())
+
+
+def test_timers_fire_however_long_the_clock_has_run():
+    """After years a nanosecond is less than the step of the clock; timers fire all the same."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        for _ in range(40):
+            await asyncio.sleep(86_400 * 365)
+            start = loop.time()
+            await asyncio.gather(asyncio.sleep(0.1), asyncio.sleep(0.2))
+            assert round(loop.time() - start, 6) == 0.2
+
+    run_virtual(main())
 
 
 def test_a_thread_is_waited_for_in_real_time():
@@ -149,6 +184,40 @@ def test_the_explorer_names_the_task_the_step_and_the_line():
 
     with pytest.raises(CancellationFault, match=r"task 0 \(scenario\).* step 1, at .*test_testing"):
         explore_cancellation(list, scenario, lambda taken: not taken)
+
+
+def test_the_explorer_names_the_line_that_waits_and_not_the_one_that_called_it():
+    """The place is the innermost line of the program, whatever awaits it and is awaited there."""
+
+    class Waits:
+        def __await__(self):
+            yield from asyncio.sleep(1).__await__()  # here
+            taken.pop()
+
+    async def calls(_):
+        await Waits()
+
+    async def scenario(_):
+        taken.append(1)
+        await calls(_)
+
+    taken = []
+    here = f"{re.escape(__file__)}:{Waits.__await__.__code__.co_firstlineno + 1}"
+    with pytest.raises(CancellationFault, match=rf"step 1, at {here}: "):
+        explore_cancellation(taken.clear, scenario, lambda _: not taken)
+
+
+def test_the_explorer_names_a_line_of_asyncio_if_there_is_no_other():
+    """A task that runs nothing but asyncio's own code stands somewhere, too."""
+
+    async def scenario(cancelled):
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(asyncio.sleep(1))
+        if task.cancelled():
+            cancelled.append(task)
+
+    with pytest.raises(CancellationFault, match=r"task 1 \(sleep\) .*, at .*tasks\.py:\d+: "):
+        explore_cancellation(list, scenario, lambda cancelled: not cancelled)
 
 
 def test_the_explorer_finds_a_queue_reader_that_drops_its_item():
@@ -286,6 +355,19 @@ async def test_chaos_delays_and_can_decorate():
     assert loop.time() - start == 2.0
     with pytest.raises(TypeError, match="async function"):
         Chaos()(len)
+
+
+async def test_chaos_stands_innermost_in_a_composition():
+    """The other policies see its faults as those of the service: here, they are retried."""
+    chaos = Chaos(fault_rate=0.5, seed=1)
+    service = FakeService("ok")
+    policy = compose(Retry(on=ConnectionError, attempts=20, backoff=Fixed(1)), chaos)
+
+    assert [await policy.call(service) for _ in range(20)] == ["ok"] * 20
+    seen = chaos.statistics()
+    assert seen.faults > 0
+    assert seen.calls == len(service.calls) + seen.faults
+    assert policy.describe()[-1] == repr(chaos)
 
 
 @pytest.mark.parametrize("arguments", [{"fault_rate": 1.1}, {"latency_rate": -1}, {"latency": -1}])

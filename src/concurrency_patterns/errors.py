@@ -175,7 +175,11 @@ def check_seconds(name: str, value: float) -> None:
 def _check_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        finite = False
+    if not finite:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 

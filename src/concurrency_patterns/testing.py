@@ -14,8 +14,11 @@ import contextlib
 import functools
 import gc
 import inspect
+import math
 import random
+import re
 import selectors
+import sys
 import threading
 from collections import deque
 from concurrent.futures import thread as executor_threads
@@ -47,6 +50,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 # Not 0: no real clock starts there, so a program that prints ``loop.time()`` itself is found out.
 START = 1000.0
+RESOLUTION = 1e-9
 
 
 class Deadlock(RuntimeError):  # noqa: N818 -- says what happened
@@ -70,7 +74,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if self.loop.has_real_work():
             return self._wait_in_real_time(timeout)
         if timeout is None:
-            names = ", ".join(sorted(task.get_name() for task in asyncio.all_tasks(self.loop)))
+            names = ", ".join(sorted(_name(task) for task in asyncio.all_tasks(self.loop)))
             raise Deadlock(f"these tasks wait for ever: {names}")
         self.loop.jump()
         return ready
@@ -112,6 +116,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Move the clock to the next timer."""
         # Rounding keeps 0.1 + 0.1 + 0.1 at 0.3; a nanosecond is the clock's resolution anyway.
         self.now = max(self.now, round(self._scheduled[0].when(), 9))  # type: ignore[attr-defined]
+        # A timer fires when it is due by less than the resolution. After half a year a nanosecond
+        # is less than the step between two numbers, and then none would.
+        self._clock_resolution = max(RESOLUTION, math.ulp(self.now))
 
     def begin_step(self) -> bool:
         """Tell the listener, if there is one, that a step begins, and run one callback in it.
@@ -234,7 +241,7 @@ class _Attempt:
         self.victim = victim
         self.step = step
         self.cancelled = False
-        self.stood = "nowhere"
+        self.stood = ""
         self.tasks: list[asyncio.Task[Any]] = []
         self.steps_seen = 0
 
@@ -283,8 +290,7 @@ class _Attempt:
         task = self.tasks[self.victim]
         if self.steps_seen == self.step and not task.done():
             self.cancelled = True
-            if stack := task.get_stack(limit=1):
-                self.stood = f"{stack[0].f_code.co_filename}:{stack[0].f_lineno}"
+            self.stood = _place(task)
             task.cancel()
         self.steps_seen += 1
 
@@ -293,6 +299,22 @@ class _Attempt:
             return "without any cancellation"
         name = _function(self.tasks[self.victim])
         return f"task {self.victim} ({name}) cancelled at its step {self.step}, at {self.stood}"
+
+
+def _place(task: asyncio.Task[Any]) -> str:
+    """Return the line of the program at which a task waits.
+
+    It is the innermost one outside of the standard library: to hear that everybody waits in
+    ``asyncio.sleep`` helps nobody. ``Task.get_stack`` would tell the outermost one only.
+    """
+    place = ""
+    waits: Any = task.get_coro()
+    while frame := getattr(waits, "cr_frame", None) or getattr(waits, "gi_frame", None):
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if not place or module not in sys.stdlib_module_names:
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        waits = getattr(waits, "cr_await", None) or getattr(waits, "gi_yieldfrom", None)
+    return place or "nowhere"
 
 
 class Leak(AssertionError):  # noqa: N818 -- says what was found
@@ -490,6 +512,13 @@ class FakeService:
         if step == "hang":
             await asyncio.get_running_loop().create_future()
         return args[0] if args else "ok"
+
+
+def _name(task: asyncio.Task[Any]) -> str:
+    """Return the name that somebody gave to a task, or else the name of what it runs."""
+    name = task.get_name()
+    # Python 3.13.0 calls a task "None" if a task factory made it and nobody gave it a name.
+    return _function(task) if re.fullmatch(r"Task-\d+|None", name) else name
 
 
 def _function(task: asyncio.Task[Any]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
+from asyncio import get_running_loop
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
@@ -23,6 +25,7 @@ from .timeout import remaining
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from types import TracebackType
+    from typing import TypeAlias
 
 __all__ = ["TokenBucket", "TokenBucketStatistics", "TokenBuckets"]
 
@@ -30,11 +33,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Cost = TypeVar("Cost")
 
-# A timer may fire this much too early: it is the resolution of asyncio's clock.
+if TYPE_CHECKING:
+    # What ends the wait (granted if it is done without a refusal), the cost, and the latest moment.
+    _Waiter: TypeAlias = tuple[asyncio.Future[RateLimitExceeded | None], Cost, float]
+
+# Nobody has to care for less: it is the resolution of asyncio's clock.
 EARLY = 1e-9
-# And about a millisecond late, more under load. A queue may make up for that much; without it a
-# bucket of capacity 1 would lose a part of its rate at every wake-up.
+# A timer fires about a millisecond late, more under load. A queue may make up for that much;
+# without it a bucket of capacity 1 would lose a part of its rate at every wake-up.
 LATE = 0.01
+# Only the number itself passes for it, and not what is equal to it: 1.0 or True.
+ONE = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +83,17 @@ class TokenBucket:
             :func:`~concurrency_patterns.observe.observe`.
 
     Raises:
-        ValueError: If ``rate`` is not above 0 or ``capacity`` is below 1.
+        ValueError: If ``rate`` is not above 0 or too low to fill it ever, or ``capacity`` below 1.
 
     The algorithm is the generic cell rate algorithm (GCRA, ITU-T I.371): the token bucket
     (RFC 2697) told by the moment at which it will be full again.
     """
 
     def __init__(self, rate: float, capacity: int) -> None:
-        check_positive("rate", rate)
         check_count("capacity", capacity)
-        self._begin(_Level(rate, capacity), capacity, f"rate={rate!r}, capacity={capacity}")
+        _check_fills(rate, capacity)
+        level = _Level(rate, capacity)
+        self._begin(level, _PlainLine(level), capacity, f"rate={rate!r}, capacity={capacity}")
 
     @classmethod
     def strict(cls, limit: int, per: float) -> TokenBucket:
@@ -91,7 +101,15 @@ class TokenBucket:
 
         A bucket of capacity N and rate N lets nearly 2 N calls start in one second: those it has
         saved up and those that the second brings. Where somebody counts strictly, this one
-        remembers when each token was taken (a sliding window log), and needs memory for that.
+        remembers when each call started (a sliding window log), and needs memory for that.
+
+        A call starts when ``acquire`` returns. If other code holds the event loop up between the
+        grant and that moment, the period counts from the later one; what the caller does after
+        it, this bucket cannot see.
+
+        What :meth:`settle` gives back is taken from the calls that started first and still count,
+        since nobody tells which call it is. So settle a call before ``per`` seconds have passed:
+        after that its own tokens count no more, and it would be those of others.
 
         Args:
             limit: How many tokens in each period.
@@ -103,14 +121,18 @@ class TokenBucket:
         check_count("limit", limit)
         check_positive("per", per)
         bucket = cls.__new__(cls)
-        bucket._begin(_Window(limit, per), limit, f"limit={limit}, per={per!r}")
+        level = _Window(limit, per)
+        bucket._begin(level, _Line(level), limit, f"limit={limit}, per={per!r}")
         return bucket
 
-    def _begin(self, level: _Level | _Window, capacity: int, described: str) -> None:
-        self._level: _Level | _Window = level
+    def _begin(
+        self, level: _Level | _Window, line: _Line[int], capacity: int, described: str
+    ) -> None:
+        self._level = level
+        self._line = line
         self._capacity = capacity
         self._described = described
-        self._line: _Line[int] = _Line(level)
+        self._is_shared = False  # does it belong to a TokenBuckets?
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -125,34 +147,33 @@ class TokenBucket:
             n: How many tokens.
             timeout: The longest acceptable wait in seconds; ``None`` for any. A wait that would
                 take longer, or longer than the :func:`~concurrency_patterns.timeout.deadline`
-                around allows, is refused at once and not after the time has passed.
+                around allows, is refused at once and not after the time has passed; in line, as
+                soon as a debt or a lower rate makes it so long. A token that is granted in time
+                comes later only if the event loop is late.
 
         Raises:
             ValueError: If ``n`` is below 1 or above the capacity.
             RateLimitExceeded: If the wait would be too long; its ``retry_after`` tells after how
                 many seconds the tokens will be there.
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
-        if n != 1:
+        if n is not ONE:
             self._check(n)
         if timeout is not None:
             check_seconds("timeout", timeout)
         line, level, now = self._line, self._level, loop.time()
         if level.full_at <= now and not line.waiters:
-            # As level.take() does, written out: most calls find a full bucket, and the call
-            # would add a quarter to their time.
-            level.since = now
-            level.taken = n
+            # As line.take() does, written out: most calls find a full bucket, and it would double
+            # their time. For the same reason the loop is got without looking into asyncio.
             level.full_at = now + n * level.interval
             line.granted += 1
-        elif not line.waiters and level.take(n, now):
-            line.granted += 1
-        elif self.on_event is None:
-            await line.wait(n, timeout)
-        else:
-            await _wait_and_tell(self, line, n, timeout)
+        elif line.waiters or not line.take(n, now):
+            if self.on_event is None:
+                await line.wait(n, timeout)
+            else:
+                await _wait_and_tell(self, line, n, timeout)
 
     def try_acquire(self, n: int = 1) -> bool:
         """Take ``n`` tokens if they are there and nobody waits; never wait.
@@ -166,24 +187,23 @@ class TokenBucket:
         Raises:
             ValueError: If ``n`` is below 1 or above the capacity.
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
-        if n != 1:
+        if n is not ONE:
             self._check(n)
         line, level, now = self._line, self._level, loop.time()
         if level.full_at <= now and not line.waiters:  # as in acquire()
-            level.since = now
-            level.taken = n
             level.full_at = now + n * level.interval
-        elif line.waiters or not level.take(n, now):
-            line.rejected += 1
-            if self.on_event is not None:
-                seconds = line.time_until(n, now)
-                notify(self.on_event, "token_bucket.rejected", retry_after=seconds, n=n)
-            return False
-        line.granted += 1
-        return True
+            line.granted += 1
+            return True
+        if not line.waiters and line.take(n, now):
+            return True
+        line.rejected += 1
+        if self.on_event is not None:
+            seconds = line.due(n, now) - now
+            notify(self.on_event, "token_bucket.rejected", retry_after=seconds, n=n)
+        return False
 
     def settle(self, estimated: int, actual: int) -> None:
         """Correct the price of a call that took ``estimated`` tokens and has cost ``actual``.
@@ -198,10 +218,7 @@ class TokenBucket:
         Raises:
             ValueError: If one of them is negative.
         """
-        check_count("estimated", estimated, least=0)
-        check_count("actual", actual, least=0)
-        self._level.give_back(estimated - actual, self._bind().time())
-        self._line.serve()
+        self._settle(estimated, actual, self._bind(), self._line)
 
     def set_rate(self, rate: float) -> None:
         """Change the rate, also for those who wait.
@@ -210,15 +227,10 @@ class TokenBucket:
             rate: Tokens gained a second from now on.
 
         Raises:
-            ValueError: If ``rate`` is not above 0.
+            ValueError: If ``rate`` is not above 0, or too low as for a new bucket.
             TypeError: If the bucket is a strict one, which has no rate.
         """
-        check_positive("rate", rate)
-        if not isinstance(self._level, _Level):
-            raise TypeError("a strict bucket has a limit and a period, and no rate to change")
-        self._level.set_rate(rate, self._bind().time())
-        self._described = f"rate={rate!r}, capacity={self._capacity}"
-        self._line.serve()
+        self._set_rate(rate, self._bind(), self._line)
 
     async def __aenter__(self) -> None:
         await self.acquire()
@@ -266,8 +278,29 @@ class TokenBucket:
         if n > self._capacity:
             raise ValueError(f"n must be at most the capacity of {self._capacity}, got {n}")
 
+    def _settle(
+        self, estimated: int, actual: int, loop: asyncio.AbstractEventLoop, line: _Line[Any]
+    ) -> None:
+        check_count("estimated", estimated, least=0)
+        check_count("actual", actual, least=0)
+        self._level.settle(actual - estimated, loop.time())
+        if actual > estimated:
+            line.adjust()
+        else:
+            line.serve()
+
+    def _set_rate(self, rate: float, loop: asyncio.AbstractEventLoop, line: _Line[Any]) -> None:
+        if not isinstance(self._level, _Level):
+            raise TypeError("a strict bucket has a limit and a period, and no rate to change")
+        _check_fills(rate, self._capacity)
+        self._level.set_rate(rate, loop.time())
+        self._described = f"rate={rate!r}, capacity={self._capacity}"
+        line.adjust()
+
     def _bind(self) -> asyncio.AbstractEventLoop:
         """Return the running loop; begin anew with it if it is another one than before."""
+        if self._is_shared:
+            raise RuntimeError(f"{self!r} belongs to a TokenBuckets, and is used only through it")
         loop = check_loop(self, self._loop)
         if loop is not self._loop:
             self._loop = loop
@@ -281,7 +314,12 @@ class TokenBuckets:
 
     A service that bills requests and tokens a minute has two limits, and a call costs different
     amounts of each. Taking from one bucket and then waiting for the other wastes what the first
-    one gave. Here a call waits until all of them have enough, and then takes from all.
+    one gave. Here a call waits until all that it needs have enough, and then takes from all.
+
+    The buckets belong to it from then on and are used only through it: where two lines stood
+    before one bucket, nobody could say who is next. Calls that share only some of their limits,
+    such as two models with one quota of requests, go through one ``TokenBuckets``, and each
+    names the buckets that it needs.
 
     Args:
         **buckets: The buckets by name, such as ``requests=TokenBucket(...)``.
@@ -290,14 +328,23 @@ class TokenBuckets:
         on_event: As in :class:`TokenBucket`; ``n`` is what was asked for, by name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one belongs to a ``TokenBuckets`` already or is waited for.
     """
 
     def __init__(self, **buckets: TokenBucket) -> None:
         if not buckets:
             raise ValueError("buckets must not be empty")
+        if len(set(buckets.values())) < len(buckets):
+            raise ValueError(f"buckets must not be the same, got {buckets}")
+        for name, bucket in buckets.items():
+            if bucket._is_shared or bucket._line.waiters:
+                raise ValueError(f"{name} must be a bucket that nobody else uses, got {bucket!r}")
+        for bucket in buckets.values():
+            bucket._is_shared = True
+            bucket._loop = None  # so that each use of its own is refused
         self._buckets = buckets
-        self._line: _Line[Mapping[str, int]] = _Line(_Levels(buckets))
+        self._levels = {name: bucket._level for name, bucket in buckets.items()}
+        self._line: _Line[Mapping[str, int]] = _Line(_Levels(self._levels))
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -310,54 +357,70 @@ class TokenBuckets:
 
         Args:
             costs: How many tokens of which bucket.
-            timeout: The longest acceptable wait in seconds; a longer one is refused at once.
+            timeout: The longest acceptable wait in seconds, as in :meth:`TokenBucket.acquire`.
 
         Raises:
             ValueError: If a name is unknown, or a number below 1 or above the capacity.
             RateLimitExceeded: If the wait would be too long.
         """
-        loop = check_loop(self, self._loop)
-        if loop is not self._loop:
-            self._loop = loop
-            self._line.begin()
+        loop = self._bind()
+        costs = dict(costs)  # the caller's own may change while this one waits
         if not costs or not costs.keys() <= self._buckets.keys():
             raise ValueError(f"costs must name some of {list(self._buckets)}, got {list(costs)}")
         for name, n in costs.items():
-            self._buckets[name]._bind()
             self._buckets[name]._check(n)
         if timeout is not None:
             check_seconds("timeout", timeout)
-        if not self._line.waiters and self._line.level.take(costs, loop.time()):
-            self._line.granted += 1
-        else:
+        if self._line.waiters or not self._line.take(costs, loop.time()):
             await _wait_and_tell(self, self._line, costs, timeout)
 
     def settle(self, name: str, estimated: int, actual: int) -> None:
         """Correct what a call took from one bucket, as :meth:`TokenBucket.settle` does."""
-        if name not in self._buckets:
-            raise ValueError(f"name must be one of {list(self._buckets)}, got {name!r}")
-        self._buckets[name].settle(estimated, actual)
-        self._line.serve()
+        self._bucket(name)._settle(estimated, actual, self._bind(), self._line)
+
+    def set_rate(self, name: str, rate: float) -> None:
+        """Change the rate of one bucket, as :meth:`TokenBucket.set_rate` does."""
+        self._bucket(name)._set_rate(rate, self._bind(), self._line)
 
     def statistics(self) -> dict[str, TokenBucketStatistics]:
         """Return for each bucket its tokens, and what the common line has done."""
+        now = self._bind().time()
         return {
-            name: self._line.statistics(bucket.statistics().tokens)
-            for name, bucket in self._buckets.items()
+            name: self._line.statistics(level.tokens(now)) for name, level in self._levels.items()
         }
+
+    def _bucket(self, name: str) -> TokenBucket:
+        if name not in self._buckets:
+            raise ValueError(f"name must be one of {list(self._buckets)}, got {name!r}")
+        return self._buckets[name]
+
+    def _bind(self) -> asyncio.AbstractEventLoop:
+        loop = check_loop(self, self._loop)
+        if loop is not self._loop:
+            self._loop = loop
+            self._line.begin()
+            for level in self._levels.values():
+                level.on_clock_changed(loop.time())
+        return loop
 
 
 class _Source(Protocol[Cost]):
     """Where tokens come from: arithmetic that is handed the time."""
 
     def take(self, n: Cost, now: float, late: float = 0.0) -> bool:
-        """Take tokens if they are there at ``now``, or were due up to ``late`` ago."""
+        """Take tokens if they are there at ``now``, or have been for as long as ``late``."""
 
-    def give_back(self, n: Cost, now: float) -> None:
-        """Put tokens back that were taken and not used."""
+    def due(self, n: Cost, now: float) -> float:
+        """Return when tokens can be taken: not after ``now`` if they are there."""
 
-    def wait(self, line: list[Cost], now: float) -> float:
-        """Return the seconds after which all of the line can have been served."""
+    def start(self, n: Cost, now: float) -> None:
+        """Hear that the call starts for which tokens were taken."""
+
+    def withdraw(self, n: Cost, now: float) -> None:
+        """Put tokens back that were taken for a call which will not start."""
+
+    def copy(self) -> _Source[Cost]:
+        """Return one like this to try on what will be."""
 
 
 class _Line(Generic[Cost]):
@@ -371,72 +434,161 @@ class _Line(Generic[Cost]):
 
     def begin(self) -> None:
         """Forget who waited on a loop that is gone: they wait no longer."""
-        self.waiters: deque[tuple[asyncio.Future[None], Cost]] = deque()
+        self.waiters: deque[_Waiter[Cost]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        # How the level will be when all in line have been served, and when; None if not known.
+        self._plan: tuple[_Source[Cost], float] | None = None
+
+    def take(self, n: Cost, now: float) -> bool:
+        """Take tokens if they are there; only for when nobody waits."""
+        self._plan = None
+        if not self.level.take(n, now):
+            return False
+        self.level.start(n, now)
+        self.granted += 1
+        return True
 
     async def wait(self, n: Cost, timeout: float | None) -> None:  # noqa: ASYNC109 -- as above
         """Wait in line until the tokens are granted."""
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         limit = _least(timeout, remaining())
-        if limit is not None:
-            self._refuse_if_longer(n, limit, loop.time())
-        waiter = loop.create_future()
-        entry = (waiter, n)
-        self.waiters.append(entry)
+        latest = math.inf if limit is None else self._latest(n, limit, loop.time())
+        waiter = (loop.create_future(), n, latest)
+        self.join(waiter)
         if self._timer is None:
             self.serve()
         try:
-            await waiter
+            refused = await waiter[0]
         except asyncio.CancelledError:
-            if not waiter.cancelled():  # granted and cancelled in the same step
-                self.granted -= 1
-                self.level.give_back(n, loop.time())
-            elif entry in self.waiters:
-                self.waiters.remove(entry)
-            self.serve()
+            self._cancel(waiter, loop.time())
             raise
+        if refused is not None:
+            raise refused
+        self.level.start(n, loop.time())
+        self._plan = None
 
-    def _refuse_if_longer(self, n: Cost, limit: float, now: float) -> None:
-        wait = self.time_until(n, now)
+    def join(self, waiter: _Waiter[Cost]) -> None:
+        """Stand in line."""
+        self.waiters.append(waiter)
+        if self._plan is not None:
+            level, at = self._plan
+            self._plan = level, _play(level, waiter[1], at)
+
+    def leave(self, waiter: _Waiter[Cost]) -> None:
+        """Stand in line no longer."""
+        self.waiters.remove(waiter)
+        self._plan = None
+
+    def due(self, n: Cost, now: float) -> float:
+        """Return when a call that joins the line now can be served."""
+        if self._plan is None:
+            level, at = self.level.copy(), now
+            for _, ahead, _ in self.waiters:
+                at = _play(level, ahead, at)
+            self._plan = level, at
+        level, at = self._plan
+        return level.due(n, max(now, at))
+
+    def _latest(self, n: Cost, limit: float, now: float) -> float:
+        """Return until when the call may wait; refuse it if it would wait for longer."""
+        wait = self.due(n, now) - now
         if wait > limit + EARLY:
-            self.rejected += 1
-            raise RateLimitExceeded(
-                f"the tokens come in {wait:.3g} s, which is more than {limit:.3g} s",
-                retry_after=wait,
-            )
+            raise self._refusal(wait, limit)
+        return now + limit + EARLY
 
-    def time_until(self, n: Cost, now: float) -> float:
-        """Return the seconds after which a call that joins the line now can be served."""
-        return self.level.wait([*(cost for _, cost in self.waiters), n], now)
+    def _refusal(self, wait: float, limit: float) -> RateLimitExceeded:
+        self.rejected += 1
+        return RateLimitExceeded(
+            f"the tokens come in {wait:.3g} s, which is more than {limit:.3g} s", retry_after=wait
+        )
 
-    def serve(self, due: float = math.inf) -> None:
-        """Grant what can be granted, in order, and set the timer for the next in line.
+    def _cancel(self, waiter: _Waiter[Cost], now: float) -> None:
+        future, n, _ = waiter
+        if not future.cancelled():
+            if future.result() is None:  # granted and cancelled in the same step
+                self.granted -= 1
+                self.level.withdraw(n, now)
+        elif waiter in self.waiters:
+            self.leave(waiter)
+        self.serve()
 
-        Args:
-            due: When the timer that calls should have fired.
+    def adjust(self) -> None:
+        """Go by what has changed: refuse those who would wait for too long now, serve the others.
+
+        Their wait was foreseen when they joined; nothing but such a change makes it longer.
         """
+        now = at = get_running_loop().time()
+        level = self.level.copy()
+        for waiter in list(self.waiters):
+            future, n, latest = waiter
+            due = level.due(n, at)
+            if due <= latest:
+                at = _play(level, n, at)
+            elif not future.done():
+                self.leave(waiter)
+                future.set_result(self._refusal(due - now, latest - now))
+        self.serve()
+
+    def serve(self) -> None:
+        """Grant what can be granted, in order, and set the timer for the next in line."""
+        self._plan = None
+        self._serve(get_running_loop().time(), 0.0)
+
+    def _ring(self, due: float) -> None:
+        """Serve at the moment for which the timer was set, or as long after it as it was late.
+
+        A timer may fire a nanosecond early, and on a clock of many days that is less than the
+        next number. So its moment counts as come.
+        """
+        now = get_running_loop().time()
+        self._serve(max(now, due), min(max(0.0, now - due), LATE))
+
+    def _serve(self, now: float, late: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self.waiters:
-            return
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        late = min(max(0.0, now - due), LATE)
         while self.waiters:
-            waiter, n = self.waiters[0]
-            if not waiter.done():
+            waiter = self.waiters[0]
+            future, n, _ = waiter
+            if not future.done():
                 if not self.level.take(n, now, late):
-                    due = now + self.level.wait([n], now)
-                    self._timer = loop.call_at(due, self.serve, due)
+                    due = self.level.due(n, now)
+                    self._timer = get_running_loop().call_at(due, self._ring, due)
                     return
                 self.granted += 1
-                waiter.set_result(None)
-            self.waiters.popleft()
+                future.set_result(None)
+            self.leave(waiter)
 
     def statistics(self, tokens: float) -> TokenBucketStatistics:
         """Return what the line has done, beside the tokens that there are."""
         return TokenBucketStatistics(tokens, len(self.waiters), self.granted, self.rejected)
+
+
+class _PlainLine(_Line[int]):
+    """The line before a plain bucket: a sum tells how long it takes, however many wait."""
+
+    def begin(self) -> None:
+        super().begin()
+        self._ahead = 0
+
+    def join(self, waiter: _Waiter[int]) -> None:
+        self.waiters.append(waiter)
+        self._ahead += waiter[1]
+
+    def leave(self, waiter: _Waiter[int]) -> None:
+        self.waiters.remove(waiter)
+        self._ahead -= waiter[1]
+
+    def due(self, n: int, now: float) -> float:
+        return self.level.due(self._ahead + n, now)
+
+
+def _play(level: _Source[Cost], n: Cost, now: float) -> float:
+    """Let a call take its tokens as soon as they are there; return when that is."""
+    now = max(now, level.due(n, now))
+    level.take(n, now)
+    level.start(n, now)
+    return now
 
 
 async def _wait_and_tell(
@@ -446,7 +598,7 @@ async def _wait_and_tell(
     timeout: float | None,  # noqa: ASYNC109 -- as above
 ) -> None:
     """Wait in line, and tell the listener how that went."""
-    clock = asyncio.get_running_loop().time
+    clock = get_running_loop().time
     start = clock()
     try:
         await line.wait(n, timeout)
@@ -459,74 +611,92 @@ async def _wait_and_tell(
 class _Level:
     """The arithmetic of the bucket, without a clock of its own: it is handed the time.
 
-    At ``since`` the bucket was full, and ``taken`` tokens have been taken since then; so it will
-    be full again at ``full_at = since + taken / rate``. A product of a whole number does not
-    drift, as a sum of a million small steps would.
+    All that counts is ``full_at``, when the bucket will be full again. Each token moves it by an
+    interval, and the sum of a million intervals would drift. So while the bucket does not get
+    full, it is told as a product: ``since + taken * interval``.
     """
 
-    __slots__ = ("capacity", "depth", "full_at", "interval", "since", "taken")
+    __slots__ = ("capacity", "depth", "early", "full_at", "interval", "since", "taken")
 
     def __init__(self, rate: float, capacity: int) -> None:
         self.capacity = capacity
-        self.interval = 1 / rate  # seconds a token
-        self.depth = capacity * self.interval + EARLY  # seconds to fill the empty bucket
         self.since = self.full_at = 0.0
         self.taken = 0
+        self._set_interval(rate)
+
+    def _set_interval(self, rate: float) -> None:
+        self.interval = 1 / rate  # seconds a token
+        self.depth = self.capacity * self.interval  # seconds to fill the empty bucket
+        # Who sleeps for just as long as a token takes must find it there, in spite of rounding.
+        self.early = self.interval * 1e-6
 
     def take(self, n: int, now: float, late: float = 0.0) -> bool:
-        if self.full_at <= now - late:  # it is full: what overflows is lost
-            self.since = since = now - late
-            self.taken = n
-            self.full_at = since + n * self.interval
-            return True
-        full_at = self.since + (self.taken + n) * self.interval
-        if full_at > now + self.depth:
+        if self.full_at + self.early < now - late:  # what overflows is lost
+            self.full_at = now - late
+        full_at = self._full_after(n)
+        if full_at - self.depth > now + self.early:
             return False
-        self.taken += n
         self.full_at = full_at
+        self.taken += n
         return True
 
-    def give_back(self, n: int, now: float) -> None:
-        self.take(0, now)  # a full bucket keeps nothing for what is taken in excess now
-        self._set(self.since, self.taken - n)
+    def due(self, n: int, now: float) -> float:
+        if self.full_at <= now:
+            return now + max(0, n - self.capacity) * self.interval
+        return self._full_after(n) - self.depth
 
-    def wait(self, line: list[int], now: float) -> float:
-        full_at = max(self.full_at, now) + sum(line) * self.interval
-        return max(0.0, full_at - self.depth + EARLY - now)
+    def _full_after(self, n: int) -> float:
+        if self.full_at != self.since + self.taken * self.interval:  # it was set to another time
+            self.since = self.full_at
+            self.taken = 0
+        return self.since + (self.taken + n) * self.interval
+
+    def start(self, n: int, now: float) -> None:
+        pass
+
+    def withdraw(self, n: int, now: float) -> None:
+        self.settle(-n, now)
+
+    def settle(self, n: int, now: float) -> None:
+        """Take ``n`` tokens in excess, there or not; or give back, if it is below 0."""
+        self.full_at = max(self.full_at, now)
+        self.full_at = self._full_after(n)
+        self.taken += n
+
+    def copy(self) -> _Level:
+        return copy.copy(self)
 
     def tokens(self, now: float) -> float:
         """Return how many tokens are there at ``now``; below 0 if the bucket owes some."""
-        missing = max(0.0, self.full_at - now)
-        return round(self.capacity - missing / self.interval, 6)
+        return round(self.capacity - self._missing(now), 6)
+
+    def _missing(self, now: float) -> float:
+        return max(0.0, self.full_at - now) / self.interval
 
     def set_rate(self, rate: float, now: float) -> None:
         """Keep the tokens that are there, and gain others at another rate."""
-        missing = self.capacity - self.tokens(now)
-        taken = math.ceil(missing)
-        self.interval = 1 / rate
-        self.depth = self.capacity * self.interval + EARLY
-        self._set(now - (taken - missing) * self.interval, taken)
+        missing = self._missing(now)
+        self._set_interval(rate)
+        self.full_at = now + missing * self.interval
 
     def on_clock_changed(self, now: float) -> None:
         """Begin on another clock: the bucket is empty at worst, so that it cannot be stuck."""
-        if self.full_at > now + self.depth:
-            self._set(now, self.capacity)
-
-    def _set(self, since: float, taken: int) -> None:
-        self.since = since
-        self.taken = taken
-        self.full_at = since + taken * self.interval
+        self.full_at = min(self.full_at, now + self.depth)
 
 
 class _Window:
-    """A log of what was taken when: never more than ``limit`` in any period."""
+    """A log of which call started when: never more than ``limit`` in any period.
+
+    Between the grant and the start, others may hold the event loop up. A token counts in
+    ``used`` from the grant on, and is in the log from the start on.
+    """
+
+    full_at = math.inf  # it cannot be told by one moment: always ask due()
+    interval = 0.0
 
     def __init__(self, limit: int, per: float) -> None:
         self.limit = limit
         self.per = per
-        self.full_at = math.inf  # it cannot be told by one moment: always ask take()
-        self.since = self.interval = 0.0
-        self.taken = 0
         self.log: deque[tuple[float, int]] = deque()
         self.used = 0
 
@@ -534,38 +704,49 @@ class _Window:
         self._forget(now)
         if self.used + n > self.limit:
             return False
-        self.log.append((now, n))
         self.used += n
         return True
 
-    def give_back(self, n: int, now: float) -> None:
-        if n < 0:  # owed: it counts from now on, like what is taken
-            self.log.append((now, -n))
-            self.used -= n
+    def due(self, n: int, now: float) -> float:
+        self._forget(now)
+        used, at = self.used, now
+        for when, started in self.log:
+            if used + n <= self.limit:
+                return at
+            used -= started
+            at = when + self.per
+        # What is not in the log is about to start.
+        return at if used + n <= self.limit else now + self.per
+
+    def start(self, n: int, now: float) -> None:
+        self.log.append((now, n))
+
+    def withdraw(self, n: int, now: float) -> None:
+        self.used -= n
+
+    def settle(self, n: int, now: float) -> None:
+        """Take ``n`` tokens in excess, which count from now on; or give back, if it is below 0.
+
+        Nobody tells whose tokens come back. Those that started first go first, so that what stays
+        counts for at least as long as it should.
+        """
+        if n > 0:
+            self.used += n
+            self.log.append((now, n))
             return
         self._forget(now)
-        # Nobody tells whose tokens these are. Those of this moment go first: a grant that was
-        # cancelled. Then the oldest, so that what stays in the log counts for longest.
         while n and self.log:
-            of_now = self.log[-1][0] >= now
-            when, held = self.log.pop() if of_now else self.log.popleft()
-            back = min(n, held)
-            n -= back
+            when, started = self.log.popleft()
+            back = min(-n, started)
+            n += back
             self.used -= back
-            if held > back:
-                (self.log.append if of_now else self.log.appendleft)((when, held - back))
+            if started > back:
+                self.log.appendleft((when, started - back))
 
-    def wait(self, line: list[int], now: float) -> float:
-        self._forget(now)
-        log, used, at = deque(self.log), self.used, now
-        for n in line:
-            while log and used + n > self.limit:
-                when, back = log.popleft()
-                at = max(at, when + self.per)
-                used -= back
-            log.append((at, n))
-            used += n
-        return at - now
+    def copy(self) -> _Window:
+        other = copy.copy(self)
+        other.log = self.log.copy()
+        return other
 
     def tokens(self, now: float) -> float:
         """Return how many tokens are there at ``now``; below 0 if the bucket owes some."""
@@ -573,8 +754,9 @@ class _Window:
         return float(self.limit - self.used)
 
     def on_clock_changed(self, now: float) -> None:
-        """Begin on another clock: what was taken on the old one counts from now on."""
-        if self.log and self.log[-1][0] > now:
+        """Begin on another clock: what was taken counts from now on, if nobody knows better."""
+        unstarted = self.used - sum(started for _, started in self.log)
+        if unstarted or (self.log and self.log[-1][0] > now):
             self.log = deque([(now, self.used)])
 
     def _forget(self, now: float) -> None:
@@ -585,31 +767,40 @@ class _Window:
 class _Levels:
     """Several levels as one: what is taken is taken from all."""
 
-    def __init__(self, buckets: Mapping[str, TokenBucket]) -> None:
-        self._buckets = buckets
+    def __init__(self, levels: Mapping[str, _Level | _Window]) -> None:
+        self._levels = levels
 
     def take(self, n: Mapping[str, int], now: float, late: float = 0.0) -> bool:
-        taken: list[tuple[_Level | _Window, int]] = []
+        taken: list[str] = []
         for name, count in n.items():
-            level = self._buckets[name]._level
-            if not level.take(count, now, late):
-                for other, given in taken:
-                    other.give_back(given, now)
+            if not self._levels[name].take(count, now, late):
+                for other in taken:
+                    self._levels[other].withdraw(n[other], now)
                 return False
-            taken.append((level, count))
+            taken.append(name)
         return True
 
-    def give_back(self, n: Mapping[str, int], now: float) -> None:
-        for name, count in n.items():
-            self._buckets[name]._level.give_back(count, now)
+    def due(self, n: Mapping[str, int], now: float) -> float:
+        return max(self._levels[name].due(count, now) for name, count in n.items())
 
-    def wait(self, line: list[Mapping[str, int]], now: float) -> float:
-        waits = []
-        for name, bucket in self._buckets.items():
-            wanted = [costs[name] for costs in line if name in costs]
-            if wanted:
-                waits.append(bucket._level.wait(wanted, now))
-        return max(waits)
+    def start(self, n: Mapping[str, int], now: float) -> None:
+        for name, count in n.items():
+            self._levels[name].start(count, now)
+
+    def withdraw(self, n: Mapping[str, int], now: float) -> None:
+        for name, count in n.items():
+            self._levels[name].withdraw(count, now)
+
+    def copy(self) -> _Levels:
+        return _Levels({name: level.copy() for name, level in self._levels.items()})
+
+
+def _check_fills(rate: float, capacity: int) -> None:
+    """Refuse a bucket that takes longer to fill than a number can tell."""
+    check_positive("rate", rate)
+    check_positive("capacity", capacity)
+    if math.isinf(capacity / rate):
+        raise ValueError(f"rate must be enough to fill a capacity of {capacity}, got {rate!r}")
 
 
 def _least(timeout: float | None, left: float | None) -> float | None:
