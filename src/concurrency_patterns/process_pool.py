@@ -6,6 +6,8 @@ import asyncio
 import atexit
 import concurrent.futures
 import inspect
+import io
+import marshal
 import math
 import mmap
 import multiprocessing
@@ -14,8 +16,6 @@ import pickle
 import reprlib
 import signal
 import socket
-import struct
-import sys
 import threading
 import time
 import traceback
@@ -36,6 +36,20 @@ from .errors import (
     check_positive,
     check_seconds,
     notify,
+)
+from .process_worker import (
+    CALL,
+    ERROR,
+    FAILED,
+    HEADER,
+    JOURNAL_SIZE,
+    MANY,
+    STATE,
+    UNREAD,
+    dump,
+    frame,
+    serve,
+    summary,
 )
 
 if TYPE_CHECKING:
@@ -473,7 +487,8 @@ class ProcessPool:
         answers = pickle.loads(body) if kind == MANY else [body]  # noqa: S301 -- our own process
         if complete := len(job.outcomes) + len(answers) == len(job.items):
             if job.pace is not None:
-                job.pace.took(len(answers), time.monotonic() - worker.given_at)
+                took = time.monotonic() - worker.begun_at
+                job.pace.took(len(job.items) - worker.base, took)
             self._free(worker)  # first: the worker shall not wait for us to unpickle
         else:
             worker.given_at = time.monotonic()  # of the next item of the batch
@@ -613,7 +628,7 @@ class _Job:
         try:
             if self.apart:
                 items = [self._pack_item(item) for item in items]
-            self.request = _dump((self.fn, items, self.kwargs, self.apart))
+            self.request = dump((self.fn, items, self.kwargs, self.apart))
         except Exception as error:
             if self.kwargs is None and not self.apart:
                 self.pack(apart=True)
@@ -622,7 +637,7 @@ class _Job:
 
     def _pack_item(self, item: object) -> bytes | str:
         try:
-            return _dump(item)
+            return dump(item)
         except Exception as error:  # noqa: BLE001 -- pickling runs any code
             return self._refusal(error)
 
@@ -630,20 +645,19 @@ class _Job:
         return f"the call of {self.name} cannot be pickled for a worker process: {error}"
 
     def read(self, kind: bytes, answers: list[Any]) -> None:
-        """Make outcomes of answers."""
+        """Make outcomes of answers: errors, plain results, and others, which are pickled."""
         if kind in {ERROR, UNREAD}:
             self.outcomes.append(_Failure(_restore(answers[0])))
             return
-        try:
-            self.outcomes += list(map(pickle.loads, answers))
-        except Exception:  # noqa: BLE001 -- unpickling runs any code
-            self.outcomes += [self._read_one(answer) for answer in answers]
+        if not {bytes, bytearray}.isdisjoint(map(type, answers)):
+            answers = [self._load(a) if type(a) in {bytes, bytearray} else a for a in answers]
+        self.outcomes += answers
 
-    def _read_one(self, answer: bytes) -> Any:
+    def _load(self, answer: bytes | bytearray) -> Any:
         try:
             return pickle.loads(answer)  # noqa: S301 -- comes from our own process
         except Exception as error:  # noqa: BLE001 -- unpickling runs any code
-            message = f"the result of {self.name} cannot be unpickled: {_summary(error)}"
+            message = f"the result of {self.name} cannot be unpickled: {summary(error)}"
             text = "".join(traceback.format_exception(error))
             return _Failure(RemoteError(message, traceback=text))
 
@@ -651,23 +665,6 @@ class _Job:
         """Let the first item without an outcome fail."""
         self.outcomes.append(_Failure(error))
         self.losses = 0
-
-
-# A message in either direction: its kind, the length of its body, its body.
-HEADER = struct.Struct("!cQ")
-READY, FAILED, CALL, UNREAD, RESULT, ERROR, MANY = b"r", b"f", b"c", b"u", b"=", b"!", b"*"
-
-# The journal is memory that the worker writes and that outlives it: when the item was begun, in
-# which batch, its number there (0: the worker still reads the batch), how many results before it
-# were not sent yet; then these, each behind its length.
-STATE = struct.Struct("=dIII")
-JOURNAL_SIZE = 2**18
-LARGE = 2**14  # bytes from which a result is sent by itself
-FLUSH = 0.05  # seconds for which a finished item of a batch may wait to be sent
-
-
-def _frame(kind: bytes, body: bytes = b"") -> bytes:
-    return HEADER.pack(kind, len(body)) + body
 
 
 class _Worker(asyncio.BufferedProtocol):
@@ -683,7 +680,7 @@ class _Worker(asyncio.BufferedProtocol):
         self.base = 0  # how many outcomes the job had before
         self.handled = 0  # items in all
         self._serial = 0  # of the job
-        self.given_at = 0.0
+        self.begun_at = self.given_at = 0.0  # the job; its item, as far as the parent can tell
         self.overdue = self.killed = self.dismissed = False
         self.failure: Exception | None = None
         self.keeper: Any = asyncio.current_task()
@@ -704,7 +701,7 @@ class _Worker(asyncio.BufferedProtocol):
         with ours:
             with theirs:
                 self._process = context.Process(
-                    target=_serve, args=(theirs, *setup), name="process pool worker", daemon=True
+                    target=serve, args=(theirs, *setup), name="process pool worker", daemon=True
                 )
                 self._process.start()
             try:
@@ -737,7 +734,7 @@ class _Worker(asyncio.BufferedProtocol):
     def give(self, job: _Job) -> None:
         job.worker = self
         self.handled += len(job.items) - len(job.outcomes)
-        self._transport.write(_frame(CALL, job.request))
+        self._transport.write(frame(CALL, job.request))
         if self.job is None:
             self._begin(job)
         else:
@@ -754,27 +751,24 @@ class _Worker(asyncio.BufferedProtocol):
     def _begin(self, job: _Job) -> None:
         self.job = job
         self.base = len(job.outcomes)
-        self.given_at = time.monotonic()
+        self.begun_at = self.given_at = time.monotonic()
         self._serial += 1
         if job.limit is not None:
             self._call_later(job.limit, self._check_limit)
 
-    def testament(self, job: _Job) -> tuple[list[bytes], bool]:
+    def testament(self, job: _Job) -> tuple[list[Any], bool]:
         """Return the results it could not send any more, and whether it had begun another item."""
         if self._journal is None:
             return [], True
-        _, serial, begun, kept = STATE.unpack_from(self._journal)
+        _, serial, sent_before, begun = STATE.unpack_from(self._journal)
         if serial != self._serial:
             return [], False
-        sent = len(job.outcomes) - self.base
-        self._journal.seek(STATE.size)
-        results = []
-        for number in range(begun - kept, begun):
-            result = self._journal.read(int.from_bytes(self._journal.read(4)))
-            if number > sent:
-                results.append(result)
         if begun == 0:  # it died while it read the batch: by which item?
             return [], job.apart or len(job.items) == 1
+        sent = len(job.outcomes) - self.base
+        kept = io.BytesIO(self._journal[STATE.size :])
+        results = [marshal.load(kept) for _ in range(sent_before + 1, begun)]  # noqa: S302 -- ours
+        results = results[sent - sent_before :]
         return results, begun > sent + len(results)
 
     def dismiss(self) -> None:
@@ -848,13 +842,9 @@ class _Worker(asyncio.BufferedProtocol):
             self._gone.set_result(None)
 
 
-def _dump(value: object) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-
 def _restore(body: bytes | bytearray) -> Exception:
-    summary, text, pickled = pickle.loads(body)  # noqa: S301 -- comes from our own process
-    error: Exception = RemoteError(summary, traceback=text)
+    line, text, pickled = pickle.loads(body)  # noqa: S301 -- comes from our own process
+    error: Exception = RemoteError(line, traceback=text)
     with suppress(Exception):  # unpickling runs any code
         original = pickle.loads(pickled)  # noqa: S301
         # A coroutine cannot raise StopIteration; KeyboardInterrupt would end the parent.
@@ -880,7 +870,7 @@ def _tell_end(exitcode: int | None) -> str:
 
 def _tell_start(failure: Exception | None, cause: Exception | None, exitcode: int | None) -> str:
     if failure is not None:
-        return f"the initializer of a worker process failed: {_summary(failure)}"
+        return f"the initializer of a worker process failed: {summary(failure)}"
     end = "could not be started" if cause else f"{_tell_end(exitcode)} while it started"
     return (
         f"a worker process {end} (its standard error may tell why; a script that makes a pool "
@@ -986,166 +976,3 @@ class ProcessExecutor(concurrent.futures.Executor):
         for job in list(self.pool._waiting) if cancel else ():
             job.future.cancel()
         self._end.set()
-
-
-# What follows runs in the worker process.
-
-
-def _serve(pipe: socket.socket, initializer: Callable[..., object] | None, args: Any) -> None:
-    server = _Server(pipe)
-    with suppress(EOFError, ConnectionError):
-        if initializer is not None:
-            try:
-                initializer(*args)
-            except BaseException as error:  # noqa: BLE001 -- SystemExit too is a failure
-                server.send(FAILED, _describe(error))
-                return
-        server.send(READY)
-        while True:
-            server.answer_one()
-
-
-class _Server:
-    """Answers one call after the other until the parent closes the pipe, or is gone."""
-
-    def __init__(self, pipe: socket.socket) -> None:
-        self._pipe = pipe
-        self._journal = _receive_journal(pipe)
-        self._reader = pipe.makefile("rb", 2**16)
-        self._serial = 0
-        self._busy = self._ending = False
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        with suppress(Exception):  # a worker that is killed shall not take its output along
-            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        pipe.set_inheritable(False)  # a program that outlives this worker must not hold it open
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._close)
-
-    def answer_one(self) -> None:
-        self._busy = False
-        if self._ending:
-            raise SystemExit(128 + signal.SIGTERM)
-        _, size = HEADER.unpack(self._receive(HEADER.size))
-        request = self._receive(size)
-        self._busy = True
-        self._serial += 1
-        self._rewind()
-        if self._journal is not None:
-            STATE.pack_into(self._journal, 0, time.monotonic(), self._serial, 0, 0)
-        try:
-            call = pickle.loads(request)  # noqa: S301 -- comes from our own process
-        except BaseException as error:  # noqa: BLE001 -- unpickling runs any code
-            self.send(UNREAD, _describe(error, UNREADABLE))
-        else:
-            del request
-            self._handle(*call)
-
-    def _handle(
-        self, fn: Callable[..., Any], items: list[Any], kwargs: dict[str, Any] | None, apart: bool
-    ) -> None:
-        """Answer each item; the time between two tiny ones is what this loop costs."""
-        journal, kept = self._journal, list[bytes]()
-        unpicklable = f"the result of {getattr(fn, '__qualname__', fn)} cannot be pickled"
-        send_at = time.monotonic() + FLUSH
-        for number, item in enumerate(items, 1):
-            begun_at = time.monotonic()
-            if journal is not None:
-                STATE.pack_into(journal, 0, begun_at, self._serial, number, len(kept))
-            trouble = "" if isinstance(item, str) else UNREADABLE  # see _open
-            try:
-                argument = _open(item) if apart else item
-                trouble = ""
-                result = fn(argument) if kwargs is None else fn(*argument, **kwargs)
-                trouble = unpicklable
-                kind, body = RESULT, pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
-            except BaseException as error:  # noqa: BLE001 -- SystemExit is an answer, too
-                kind, body = ERROR, _describe(error, trouble)
-            result = None  # not kept while the next item is handled
-            small = kind == RESULT and len(body) < LARGE
-            if small and journal and number < len(items) and begun_at < send_at:
-                with_size = len(body).to_bytes(4) + body
-                if journal.tell() + len(with_size) < JOURNAL_SIZE and not self._ending:
-                    journal.write(with_size)
-                    kept.append(body)
-                    continue
-            if kept and small:
-                kind, body = MANY, _dump([*kept, body])
-            elif kept:
-                self.send(MANY, _dump(kept))
-            self.send(kind, body)
-            if self._ending:
-                return
-            kept.clear()
-            self._rewind()
-            send_at = begun_at + FLUSH
-
-    def send(self, kind: bytes, body: bytes = b"") -> None:
-        self._pipe.sendall(_frame(kind, body))
-
-    def _receive(self, size: int) -> bytes:
-        data: bytes = self._reader.read(size)
-        if len(data) < size:
-            raise EOFError
-        return data
-
-    def _rewind(self) -> None:
-        if self._journal is not None:
-            self._journal.seek(STATE.size)
-
-    def _on_sigterm(self, *_: object) -> None:
-        self._ending = True  # after this item
-        if not self._busy:
-            raise SystemExit(128 + signal.SIGTERM)
-
-    def _close(self) -> None:
-        self._reader.close()
-        self._pipe.close()
-
-
-def _receive_journal(pipe: socket.socket) -> mmap.mmap | None:
-    if not hasattr(socket, "recv_fds"):
-        pipe.recv(1)
-        return None
-    _, memories, *_ = socket.recv_fds(pipe, 1, 1)
-    for memory in memories:
-        journal = mmap.mmap(memory, JOURNAL_SIZE)
-        os.close(memory)
-        return journal
-    return None
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-UNREADABLE = "the call cannot be unpickled"
-
-
-def _open(item: bytes | str) -> Any:
-    if isinstance(item, str):
-        raise TypeError(item)  # the parent could not pickle it
-    return pickle.loads(item)  # noqa: S301 -- comes from our own process
-
-
-def _describe(error: BaseException, what: str = "") -> bytes:
-    """Describe an exception in a form that always arrives."""
-    if error.__traceback__ is not None:
-        error.__traceback__ = error.__traceback__.tb_next  # without our own frame
-    text = "".join(traceback.format_exception(error))
-    if what:
-        error = RemoteError(f"{what}: {_summary(error)}", traceback=text)
-    try:
-        pickled = _dump(error)
-    except Exception:  # noqa: BLE001 -- pickling runs any code
-        pickled = b""
-    return pickle.dumps((_summary(error), text, pickled))
-
-
-def _summary(error: BaseException) -> str:
-    line = traceback.format_exception_only(error)[0].strip()
-    return line.removeprefix(f"{type(error).__module__}.")
