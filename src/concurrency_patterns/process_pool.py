@@ -53,7 +53,7 @@ from .process_worker import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
     from typing import Self
@@ -316,32 +316,15 @@ class ProcessPool:
             check_positive("timeout", timeout)
         limit = self._task_timeout if timeout is None else timeout
         pace = _Pace(chunksize or 1, fixed=chunksize is not None)
-        room = asyncio.Semaphore(self._size + buffer)
-        calls: set[asyncio.Future[Any]] = set()
-        answers: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-
-        async def read() -> None:
-            await room.acquire()
-            try:
-                async with aclosing(_batches(source, pace)) as batches:
-                    async for batch in batches:
-                        call = self._enqueue(fn, batch, None, limit, pace)
-                        calls.add(call)
-                        if ordered:
-                            answers.put_nowait(call)
-                        else:
-                            call.add_done_callback(answers.put_nowait)
-                        await room.acquire()
-            finally:
-                if calls:
-                    await asyncio.wait(calls)
-
-        reader = asyncio.create_task(read(), name="process pool: reader")
-        reader.add_done_callback(answers.put_nowait)  # behind all answers: the end
+        reading = _Reading(
+            source,
+            pace,
+            lambda batch: self._enqueue(fn, batch, None, limit, pace),
+            most=self._size + buffer,
+            ordered=ordered,
+        )
         try:
-            while (answer := await answers.get()) is not reader:
-                outcomes = await answer
-                calls.discard(answer)
+            while (outcomes := await reading.take()) is not None:
                 for outcome in outcomes:
                     if type(outcome) is not _Failure:
                         yield outcome
@@ -349,14 +332,8 @@ class ProcessPool:
                         yield outcome.error
                     else:
                         raise outcome.error
-                room.release()
-            await reader
         finally:
-            unfinished: list[asyncio.Future[Any]] = [*calls, reader]
-            for left in unfinished:
-                if not left.cancel() and not left.cancelled():
-                    left.exception()  # nobody will ask for it any more
-            await asyncio.wait([reader])  # until it has closed the source
+            await reading.close()
 
     def statistics(self) -> ProcessPoolStatistics:
         """Return what the pool does and has seen."""
@@ -389,7 +366,8 @@ class ProcessPool:
         job.future.add_done_callback(lambda _: self._on_done(job))
         self._waiting.append(job)
         self._dispatch()
-        self._hire()
+        if self._waiting:
+            self._hire()
         return job.future
 
     def _on_done(self, job: _Job) -> None:
@@ -628,7 +606,7 @@ class _Job:
         try:
             if self.apart:
                 items = [self._pack_item(item) for item in items]
-            self.request = dump((self.fn, items, self.kwargs, self.apart))
+            self.request = dump((self.fn, items, self.kwargs, self.apart, self.limit is not None))
         except Exception as error:
             if self.kwargs is None and not self.apart:
                 self.pack(apart=True)
@@ -878,42 +856,124 @@ def _tell_start(failure: Exception | None, cause: Exception | None, exitcode: in
     )
 
 
-async def _batches(
-    source: Iterable[T] | AsyncIterable[T], pace: _Pace
-) -> AsyncGenerator[list[T], None]:
+class _Reading:
+    """What one ``map`` has read of its source and has not yet given to its caller.
+
+    A plain source is read by whoever takes the results; an asynchronous one by a task, as its
+    items may be slow to come and must not hold back the results of earlier ones.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[T] | AsyncIterable[T],
+        pace: _Pace,
+        call: Callable[[list[T]], asyncio.Future[list[Any]]],
+        *,
+        most: int,
+        ordered: bool,
+    ) -> None:
+        self._call = call
+        self._most = most
+        self._ordered = ordered
+        self._calls: set[asyncio.Future[list[Any]]] = set()
+        self._answers: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        self._room = asyncio.Semaphore(most - 1)  # one more as soon as somebody takes
+        self._batches = iter(list[list[Any]]())
+        self._end: asyncio.Future[None]
+        if isinstance(source, AsyncIterable):
+            self._end = asyncio.create_task(self._read_on(_async_batches(source, pace)))
+            self._end.add_done_callback(self._answers.put_nowait)  # it wakes the taker
+        else:
+            self._end = asyncio.get_running_loop().create_future()
+            self._batches = _batches(source, pace)
+
+    async def take(self) -> list[Any] | None:
+        """Wait for the next outcomes; ``None`` after the last ones."""
+        self._room.release()
+        while True:
+            if not isinstance(self._end, asyncio.Task):
+                self._read()
+            if not self._calls and self._end.done():
+                await self._end
+                return None
+            answer = await self._answers.get()
+            if answer is not self._end:
+                outcomes: list[Any] = await answer
+                self._calls.discard(answer)
+                return outcomes
+
+    def _read(self) -> None:
+        try:
+            for batch in islice(self._batches, self._most - len(self._calls)):
+                self._start(batch)
+        except Exception as error:  # noqa: BLE001 -- it is raised behind the results
+            self._end.set_exception(error)
+        else:
+            if len(self._calls) < self._most and not self._end.done():
+                self._end.set_result(None)
+
+    async def _read_on(self, batches: AsyncGenerator[list[T], None]) -> None:
+        async with aclosing(batches):
+            await self._room.acquire()
+            async for batch in batches:
+                self._start(batch)
+                await self._room.acquire()
+
+    def _start(self, batch: list[Any]) -> None:
+        call = self._call(batch)
+        self._calls.add(call)
+        if self._ordered:
+            self._answers.put_nowait(call)
+        else:
+            call.add_done_callback(self._answers.put_nowait)
+
+    async def close(self) -> None:
+        """Give up what was not taken."""
+        unfinished: list[asyncio.Future[Any]] = [*self._calls, self._end]
+        for left in unfinished:
+            if not left.cancel() and not left.cancelled():
+                left.exception()  # nobody will ask for it any more
+        if isinstance(self._end, asyncio.Task):
+            await asyncio.wait([self._end])  # until it has closed the source
+
+
+def _batches(source: Iterable[T], pace: _Pace) -> Iterator[list[T]]:
     """Read a source in batches; if it fails, what it gave before comes first."""
+    iterator = iter(source)
     batch: list[T] = []
-    failure = None
-    if isinstance(source, AsyncIterable):
-        closing: AbstractAsyncContextManager[Any] = (
-            aclosing(source) if hasattr(source, "aclose") else nullcontext()
-        )
-        size = pace.size if pace.fixed else 1
-        async with closing:
-            try:
-                async for item in source:
-                    batch.append(item)
-                    if len(batch) == size:
-                        yield batch
-                        batch = []
-            except Exception as error:  # noqa: BLE001 -- raised below
-                failure = error
-            if batch:
-                yield batch
-    else:
-        iterator = iter(source)
-        while failure is None:
-            batch = []
-            try:
-                batch.extend(islice(iterator, pace.size))  # keeps what came before an error
-            except Exception as error:  # noqa: BLE001 -- raised below
-                failure = error
-            if batch:
-                yield batch
-            elif failure is None:
+    try:
+        while True:
+            batch.extend(islice(iterator, pace.size))  # keeps what came before an error
+            if not batch:
                 return
-    if failure is not None:
-        raise failure
+            yield batch
+            batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+
+
+async def _async_batches(source: AsyncIterable[T], pace: _Pace) -> AsyncGenerator[list[T], None]:
+    """Do the same with an asynchronous source."""
+    batch: list[T] = []
+    size = pace.size if pace.fixed else 1
+    closing: AbstractAsyncContextManager[Any] = (
+        aclosing(source) if hasattr(source, "aclose") else nullcontext()
+    )
+    async with closing:
+        try:
+            async for item in source:
+                batch.append(item)
+                if len(batch) == size:
+                    yield batch
+                    batch = []
+        except Exception:
+            if batch:
+                yield batch
+            raise
+        if batch:
+            yield batch
 
 
 class ProcessExecutor(concurrent.futures.Executor):

@@ -39,6 +39,7 @@ JOURNAL_SIZE = 2**18
 # Such results need no pickle of their own: nothing can go wrong with them, nobody can change
 # them, and marshal, which writes them into the journal, is three times as fast.
 PLAIN = frozenset({int, float, bool, str, type(None)})
+QUICK = 2  # marshal's version that looks for no repetitions
 
 
 def frame(kind: bytes, body: bytes = b"") -> bytes:
@@ -111,7 +112,12 @@ class _Server:
             self._handle(*call)
 
     def _handle(
-        self, fn: Callable[..., Any], items: list[Any], kwargs: dict[str, Any] | None, apart: bool
+        self,
+        fn: Callable[..., Any],
+        items: list[Any],
+        kwargs: dict[str, Any] | None,
+        apart: bool,
+        limited: bool,
     ) -> None:
         """Answer each item; the time between two tiny ones is what this loop costs."""
         journal = self._journal
@@ -119,7 +125,8 @@ class _Server:
         keep_until = len(items) if self._outlives else 0
         kept = list[Any]()
         for number, item in enumerate(items, 1):
-            begun_at[0] = monotonic()
+            if limited:
+                begun_at[0] = monotonic()
             begun[0] = number
             try:
                 if kwargs is None:
@@ -135,7 +142,7 @@ class _Server:
                 kept.append(result)
                 if number < keep_until and not self._ending:
                     try:
-                        journal.write(marshal.dumps(result))
+                        journal.write(marshal.dumps(result, QUICK))
                     except ValueError:  # it is full
                         pass
                     else:
@@ -200,7 +207,7 @@ def _end_with_parent() -> None:
 UNREADABLE = "the call cannot be unpickled"
 
 
-class _Untransportable(Exception):
+class _TravelError(Exception):
     """What was to travel could not; its cause tells why."""
 
 
@@ -210,7 +217,7 @@ def _open(item: bytes | str) -> Any:
     try:
         return pickle.loads(item)  # noqa: S301 -- comes from our own process
     except BaseException as error:
-        raise _Untransportable(UNREADABLE) from error
+        raise _TravelError(UNREADABLE) from error
 
 
 def _pickle_result(fn: Callable[..., Any], result: object) -> bytes:
@@ -218,12 +225,12 @@ def _pickle_result(fn: Callable[..., Any], result: object) -> bytes:
         return dump(result)
     except BaseException as error:
         name = getattr(fn, "__qualname__", fn)
-        raise _Untransportable(f"the result of {name} cannot be pickled") from error
+        raise _TravelError(f"the result of {name} cannot be pickled") from error
 
 
 def _describe(error: BaseException, what: str = "") -> bytes:
     """Describe an exception in a form that always arrives."""
-    if isinstance(error, _Untransportable) and error.__cause__ is not None:
+    if isinstance(error, _TravelError) and error.__cause__ is not None:
         error, what = error.__cause__, str(error)
     if error.__traceback__ is not None:
         error.__traceback__ = error.__traceback__.tb_next  # without our own frame
