@@ -33,6 +33,11 @@ def first_waits_for(path, who, number):
     return number
 
 
+def loaded(names):
+    """Return those of the modules that this process has imported."""
+    return [name for name in names if name in sys.modules]
+
+
 def nap(seconds):
     """Sleep and return."""
     time.sleep(seconds)

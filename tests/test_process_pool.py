@@ -29,9 +29,6 @@ from concurrency_patterns.errors import (
 )
 from concurrency_patterns.process_pool import ProcessExecutor, ProcessPool
 
-# What starts a worker anew 200 times shall not import the package 200 times.
-multiprocessing.set_forkserver_preload(["concurrency_patterns.process_pool"])
-
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are signals of POSIX")
 
 
@@ -539,6 +536,20 @@ async def test_statistics_count_what_happens():
     assert (statistics.workers, statistics.busy, statistics.waiting) == (1, 1, 1)
     assert statistics.delivered == 2
     assert pool.statistics().workers == 0
+
+
+async def test_a_worker_loads_neither_the_package_nor_asyncio():
+    """A call waits for its process to start, so the process imports only what it needs."""
+    async with ProcessPool(1) as pool:
+        assert await pool.submit(work.loaded, ["concurrency_patterns", "asyncio"]) == []
+
+
+async def test_a_worker_starts_without_a_file_of_its_source(monkeypatch):
+    """In an archive or a frozen program there is none: its half is imported by its name."""
+    monkeypatch.setattr("concurrency_patterns.process_worker.__file__", "/nowhere")
+    async with ProcessPool(1) as pool:
+        names = ["concurrency_patterns.process_worker"]
+        assert await pool.submit(work.loaded, names) == names
 
 
 async def test_forkserver_works_too():

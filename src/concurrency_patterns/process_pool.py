@@ -47,8 +47,8 @@ from .process_worker import (
     STATE,
     UNREAD,
     dump,
+    entry,
     frame,
-    serve,
     summary,
 )
 
@@ -678,8 +678,9 @@ class _Worker(asyncio.BufferedProtocol):
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
+                target, args = entry(theirs, *setup)
                 self._process = context.Process(
-                    target=serve, args=(theirs, *setup), name="process pool worker", daemon=True
+                    target=target, args=args, name="process pool worker", daemon=True
                 )
                 self._process.start()
             try:

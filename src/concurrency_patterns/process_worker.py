@@ -58,6 +58,24 @@ def summary(error: BaseException) -> str:
     return line.removeprefix(f"{type(error).__module__}.")
 
 
+# To import this file by its name would import the package around it, and asyncio, which takes
+# longer than all the rest of a start.
+START = """
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("process_worker", file)
+worker = module_from_spec(spec)
+spec.loader.exec_module(worker)
+worker.serve(*args)
+"""
+
+
+def entry(*args: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what a new process has to call to get to ``serve``."""
+    if not os.path.isfile(__file__):  # noqa: PTH113 -- in an archive, or a frozen program
+        return serve, args
+    return exec, (START, {"file": __file__, "args": args})
+
+
 def serve(pipe: socket.socket, initializer: Callable[..., object] | None, args: Any) -> None:
     """Be a worker until the parent closes the pipe, or is gone."""
     server = _Server(pipe)
