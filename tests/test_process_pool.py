@@ -36,8 +36,35 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are 
 def light_workers_and_none_left(monkeypatch):
     """A worker need not import pytest as its main module; after a test, none is left."""
     monkeypatch.setattr(sys.modules["__main__"], "__file__", None)
+    before = processes_below()
     yield
     assert multiprocessing.active_children() == []
+    assert processes_below() - before == set()
+
+
+def processes_below():
+    """Return all processes that descend from this one, zombies too, as /proc names them (Linux).
+
+    The two servers that multiprocessing starts for all pools of a program do not count.
+    """
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[stat.parent.name] = stat.read_text().rpartition(")")[2].split()[1]
+    own = {pid for pid, parent in parents.items() if parent == str(os.getpid())}
+    below, level = {pid for pid in own if not is_server(pid)}, own
+    while level:
+        level = {pid for pid, parent in parents.items() if parent in level}
+        below |= level
+    return below
+
+
+def is_server(pid):
+    """Tell whether multiprocessing keeps this process until the program ends."""
+    with contextlib.suppress(OSError):
+        command = Path("/proc", pid, "cmdline").read_bytes()
+        return b"resource_tracker" in command or b"multiprocessing.forkserver import" in command
+    return False
 
 
 def gone(pid):
