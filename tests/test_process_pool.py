@@ -290,6 +290,39 @@ async def test_a_poison_item_is_given_up(tmp_path):
     assert log.read_text().count("called") == 3
 
 
+async def test_a_call_that_is_made_again_is_not_pickled_again(tmp_path):
+    """What a redelivered call gets is what the first one got, whatever became of it since."""
+    async with ProcessPool(1, max_deliveries=2) as pool:
+        argument = work.PickledOnce(str(tmp_path / "mark"))
+        assert await pool.submit(work.die_once, argument) == "second delivery"
+
+
+async def test_a_function_that_cannot_even_be_told_costs_its_own_item():
+    """A message about a function without a name and with a broken ``repr`` breaks nothing."""
+    async with ProcessPool(1) as pool:
+        with pytest.raises(WorkerCrashed, match="exit code 3 while it ran <Nameless instance at"):
+            await pool.submit(work.Nameless(), 1)
+        assert await pool.submit(work.double, 1) == 2
+
+
+async def test_a_worker_killed_while_it_starts_costs_nothing():
+    """No item was begun, so another worker is started for those that wait."""
+    async with ProcessPool(1) as pool:
+        call = asyncio.create_task(pool.submit(work.double, 1))
+        await until(multiprocessing.active_children)
+        multiprocessing.active_children()[0].kill()
+        assert await call == 2
+        assert (pool.statistics().restarts, pool.statistics().delivered) == (1, 1)
+
+
+async def test_workers_that_are_always_killed_while_they_start_fail_the_items():
+    """After three in a row it is no chance: the items that wait fail, and nothing hangs."""
+    async with ProcessPool(1, initializer=work.double_or_die, initargs=(5,)) as pool:
+        with pytest.raises(WorkerCrashed, match="was killed by SIGKILL while it started"):
+            await pool.submit(work.double, 1)
+        assert pool.statistics().restarts == 2
+
+
 async def test_a_worker_killed_while_idle_costs_nothing():
     """A worker that dies between two items is replaced, and no item is lost."""
     async with ProcessPool(1) as pool:
@@ -308,6 +341,22 @@ async def test_a_child_of_the_worker_does_not_hide_its_death(tmp_path):
         with pytest.raises(WorkerCrashed, match="exit code 4"):
             await pool.submit(work.fork_and_die, str(log))
     os.kill(int(log.read_text()), signal.SIGKILL)  # it was still there
+
+
+async def test_a_child_that_returns_as_well_handles_no_other_item(tmp_path, capfd):
+    """After ``os.fork`` without an end of the child, items 0 to 4 are still handled once each."""
+    log = tmp_path / "log"
+    items = [(str(log), number) for number in range(5)]
+    async with ProcessPool(1) as pool:
+        assert await collect(pool.map(work.note_and_fork, items, chunksize=5)) == list(range(5))
+    assert sorted(log.read_text().split()) == ["0", "1", "2", "2", "3", "4"]
+    assert "Bad file descriptor" in capfd.readouterr().err  # how the child ends
+
+
+async def test_a_function_may_start_processes_itself():
+    """A worker is no daemon in its own eyes, so that a pool within a pool works."""
+    async with ProcessPool(1) as pool:
+        assert await pool.submit(work.double_in_a_process, 21) == 42
 
 
 async def test_workers_that_cannot_start_fail_the_items(monkeypatch, capfd):
@@ -376,6 +425,12 @@ async def test_an_exception_comes_as_it_was_raised():
         (work.interrupt, "KeyboardInterrupt: stop"),
         (sys.exit, "SystemExit"),
         (work.stop_iteration, "StopIteration"),
+        (work.raise_exit_when_pickled, "ExitWhenPickledError: odd"),
+        (work.raise_exit_when_read, "ExitWhenReadError: odd"),
+        (
+            work.return_exit_when_read,
+            "the result of return_exit_when_read cannot be unpickled: SystemExit: read",
+        ),
         (work.make_lock, "the result of make_lock cannot be pickled: TypeError"),
         (work.make_brittle, "the result of make_brittle cannot be unpickled: ValueError: brittle"),
     ],
@@ -1053,6 +1108,23 @@ def test_the_executor_cancels_and_shuts_down(tmp_path):
     (tmp_path / "go").touch()
     executor.shutdown()  # once more, and now it waits
     assert (last.result(), waiting.cancelled()) == ("done", True)
+
+
+def test_a_call_submitted_at_the_moment_of_the_shutdown_is_finished(monkeypatch):
+    """Another thread cannot end the executor between its check and the call."""
+    executor = ProcessExecutor(1)
+    shutdown = threading.Thread(target=executor.shutdown)
+    submit = asyncio.run_coroutine_threadsafe
+
+    def submit_later(call, loop):
+        if not shutdown.ident:
+            shutdown.start()
+            shutdown.join(0.3)
+        return submit(call, loop)
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", submit_later)
+    assert executor.submit(work.double, 21).result() == 42
+    shutdown.join()
 
 
 def test_an_executor_that_nobody_shuts_down_ends_with_the_program(tmp_path):

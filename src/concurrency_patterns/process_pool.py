@@ -49,6 +49,7 @@ from .process_worker import (
     dump,
     entry,
     frame,
+    name_of,
     summary,
 )
 
@@ -66,6 +67,8 @@ R = TypeVar("R")
 
 EXIT_GRACE = 5.0  # seconds for a worker without work to run its exit handlers; then it is killed
 SHORT_BATCH, LONG_BATCH, LARGEST_BATCH = 0.001, 0.004, 1000  # seconds, seconds, items
+START_ATTEMPTS = 3  # in a row, for workers that somebody kills while they start
+TROUBLE = (Exception, SystemExit)  # pickling and unpickling run any code
 QUICK_BATCH = 0.02  # seconds; another batch may wait in the pipe behind one that is so short
 
 
@@ -176,6 +179,7 @@ class ProcessPool:
         self._unsettled: set[asyncio.Future[Any]] = set()
         self._delivered = self._redelivered = self._poisoned = self._timed_out = 0
         self._restarts = self._recycled = 0
+        self._lost_starts = 0  # in a row
 
     async def __aenter__(self) -> Self:
         self._loop = check_loop(self, self._loop)
@@ -430,7 +434,7 @@ class ProcessPool:
                 self._ready.discard(worker)
                 if worker in self._idle:
                     self._idle.remove(worker)
-            if not was_ready:
+            if not was_ready and not self._starts_again(exitcode):
                 self._keepers.discard(worker.keeper)  # the next submission hires another one
                 if not self._keepers:
                     reason = _tell_start(worker.failure, cause, exitcode)
@@ -447,12 +451,19 @@ class ProcessPool:
                 for kind, data in events:
                     notify(self.on_event, f"process_pool.{kind}", **data)
 
+    def _starts_again(self, exitcode: int | None) -> bool:
+        """Tell whether to try again: a signal may be chance, any other end will come again."""
+        self._lost_starts += 1
+        killed = exitcode is not None and exitcode < 0
+        return killed and self._lost_starts < START_ATTEMPTS
+
     def _on_message(self, worker: _Worker, kind: bytes, body: bytes | bytearray) -> None:
         job = worker.job
         if kind == FAILED:
             worker.failure = _restore(body)
             return
         if job is None:  # it is ready
+            self._lost_starts = 0
             self._ready.add(worker)
             self._free(worker)
             return
@@ -517,7 +528,8 @@ class ProcessPool:
                 message = f"a worker process {_tell_end(exitcode)} while it ran {what}"
                 job.give_up(WorkerCrashed(message, exitcode=exitcode, item=item))
         if len(job.outcomes) < len(job.items):
-            job.pack(apart=True)  # who knows what kills when it is unpickled
+            if job.kwargs is None:
+                job.pack(apart=True)  # who knows what kills when it is unpickled
             self._waiting.appendleft(job)
         else:
             job.future.set_result(job.outcomes)
@@ -593,7 +605,7 @@ class _Job:
 
     @property
     def name(self) -> str:
-        return getattr(self.fn, "__qualname__", repr(self.fn))
+        return name_of(self.fn)
 
     def quick(self) -> bool:
         """Tell whether it is a batch, of a kind that was short so far."""
@@ -616,10 +628,10 @@ class _Job:
     def _pack_item(self, item: object) -> bytes | str:
         try:
             return dump(item)
-        except Exception as error:  # noqa: BLE001 -- pickling runs any code
+        except TROUBLE as error:
             return self._refusal(error)
 
-    def _refusal(self, error: Exception) -> str:
+    def _refusal(self, error: BaseException) -> str:
         return f"the call of {self.name} cannot be pickled for a worker process: {error}"
 
     def read(self, kind: bytes, answers: list[Any]) -> None:
@@ -634,7 +646,7 @@ class _Job:
     def _load(self, answer: bytes | bytearray) -> Any:
         try:
             return pickle.loads(answer)  # noqa: S301 -- comes from our own process
-        except Exception as error:  # noqa: BLE001 -- unpickling runs any code
+        except TROUBLE as error:
             message = f"the result of {self.name} cannot be unpickled: {summary(error)}"
             text = "".join(traceback.format_exception(error))
             return _Failure(RemoteError(message, traceback=text))
@@ -824,7 +836,7 @@ class _Worker(asyncio.BufferedProtocol):
 def _restore(body: bytes | bytearray) -> Exception:
     line, text, pickled = pickle.loads(body)  # noqa: S301 -- comes from our own process
     error: Exception = RemoteError(line, traceback=text)
-    with suppress(Exception):  # unpickling runs any code
+    with suppress(*TROUBLE):
         original = pickle.loads(pickled)  # noqa: S301
         # A coroutine cannot raise StopIteration; KeyboardInterrupt would end the parent.
         if isinstance(original, Exception) and not isinstance(original, StopIteration):
@@ -997,6 +1009,7 @@ class ProcessExecutor(concurrent.futures.Executor):
     def __init__(self, workers: int, **options: Any) -> None:
         self.pool = ProcessPool(workers, **options)
         self._closed = False
+        self._lock = threading.Lock()  # a call comes before the end, or not at all
         started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._run(started)), name="process executor", daemon=True
@@ -1015,9 +1028,11 @@ class ProcessExecutor(concurrent.futures.Executor):
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]:
         """Call a function in a worker process; return the future of its result."""
-        if self._closed:
-            raise RuntimeError("cannot submit after shutdown")
-        return asyncio.run_coroutine_threadsafe(self.pool.submit(fn, *args, **kwargs), self._loop)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("cannot submit after shutdown")
+            call = self.pool.submit(fn, *args, **kwargs)
+            return asyncio.run_coroutine_threadsafe(call, self._loop)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls, finish those that were submitted, and end the workers.
@@ -1027,9 +1042,10 @@ class ProcessExecutor(concurrent.futures.Executor):
             cancel_futures: Whether to cancel the calls that no worker has begun.
         """
         atexit.unregister(self.shutdown)
-        if not self._closed:
-            self._closed = True
-            asyncio.run_coroutine_threadsafe(self._stop(cancel_futures), self._loop)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                asyncio.run_coroutine_threadsafe(self._stop(cancel_futures), self._loop)
         if wait:
             self._thread.join()
 

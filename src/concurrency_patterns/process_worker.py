@@ -11,6 +11,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import reprlib
 import signal
 import socket
 import struct
@@ -76,8 +77,14 @@ def entry(*args: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
     return exec, (START, {"file": __file__, "args": args})
 
 
+def name_of(fn: object) -> str:
+    """Name a function in a message."""
+    return getattr(fn, "__qualname__", None) or reprlib.repr(fn)
+
+
 def serve(pipe: socket.socket, initializer: Callable[..., object] | None, args: Any) -> None:
     """Be a worker until the parent closes the pipe, or is gone."""
+    multiprocessing.current_process().daemon = False  # a function may start processes, too
     server = _Server(pipe)
     with suppress(EOFError, ConnectionError):
         if initializer is not None:
@@ -109,7 +116,7 @@ class _Server:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         pipe.set_inheritable(False)  # a program that outlives this worker must not hold it open
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._close)
+            os.register_at_fork(after_in_child=self._leave)
 
     def answer_one(self) -> None:
         """Wait for a call, and answer it."""
@@ -198,7 +205,8 @@ class _Server:
         if not self._busy:
             raise SystemExit(128 + signal.SIGTERM)
 
-    def _close(self) -> None:
+    def _leave(self) -> None:
+        self._ending = True  # the child of a fork has no part in what its parent does
         self._reader.close()
         self._pipe.close()
 
@@ -242,8 +250,7 @@ def _pickle_result(fn: Callable[..., Any], result: object) -> bytes:
     try:
         return dump(result)
     except BaseException as error:
-        name = getattr(fn, "__qualname__", fn)
-        raise _TravelError(f"the result of {name} cannot be pickled") from error
+        raise _TravelError(f"the result of {name_of(fn)} cannot be pickled") from error
 
 
 def _describe(error: BaseException, what: str = "") -> bytes:
@@ -255,6 +262,6 @@ def _describe(error: BaseException, what: str = "") -> bytes:
     text = "".join(traceback.format_exception(error))
     pickled = b""
     if not what:
-        with suppress(Exception):  # pickling runs any code
+        with suppress(BaseException):  # pickling runs any code
             pickled = dump(error)
     return dump((f"{what}: {summary(error)}" if what else summary(error), text, pickled))
