@@ -215,8 +215,8 @@ def fork_and_die(path):
 def note_and_fork(item):
     """Write down the number; at 2 the process forks, and its child returns, too."""
     path, number = item
-    if number == 2:
-        os.fork()
+    if number == 2 and (child := os.fork()):
+        Path(f"{path} of the child").write_text(str(child))
     with open(path, "a") as file:  # noqa: PTH123 -- appends in one piece
         file.write(f"{number}\n")
     return number

@@ -349,8 +349,9 @@ async def test_a_child_that_returns_as_well_handles_no_other_item(tmp_path, capf
     items = [(str(log), number) for number in range(5)]
     async with ProcessPool(1) as pool:
         assert await collect(pool.map(work.note_and_fork, items, chunksize=5)) == list(range(5))
+    wait_until_gone(tmp_path / "log of the child")
     assert sorted(log.read_text().split()) == ["0", "1", "2", "2", "3", "4"]
-    assert "Bad file descriptor" in capfd.readouterr().err  # how the child ends
+    capfd.readouterr()  # the complaint with which the child ends
 
 
 async def test_a_function_may_start_processes_itself():
