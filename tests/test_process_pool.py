@@ -152,6 +152,19 @@ async def test_map_reads_an_endless_source_only_so_far_ahead(ordered):
     assert read <= 29 + 2 + 3
 
 
+async def test_one_late_result_does_not_stop_the_others_at_once(tmp_path):
+    """By default three items for each worker are read beyond those that are handled."""
+    job = functools.partial(work.first_waits_for, str(tmp_path / "go"), "parent")
+    read = []
+    async with ProcessPool(2) as pool:
+        results = pool.map(job, (read.append(number) or number for number in itertools.count()))
+        first = asyncio.create_task(anext(results))
+        await until(lambda: pool.statistics().delivered == 8)
+        (tmp_path / "go").touch()
+        assert (await first, len(read)) == (0, 8)
+        await results.aclose()
+
+
 async def test_results_that_nobody_takes_hold_the_source_back():
     """While the first result is not taken, the source waits, however fast the workers are."""
     read = []

@@ -293,8 +293,8 @@ class ProcessPool:
             source: The items; an iterable or an asynchronous one.
             ordered: Whether results come in the order of the items, or as they are finished.
             buffer: How many items (batches, if ``chunksize`` is not 1), beyond one for each
-                worker, may be read without their results having been taken; ``None`` means as many
-                as there are workers.
+                worker, may be read without their results having been taken; ``None`` means three
+                for each worker, so that one late result does not stop the others.
             chunksize: How many items travel together, and wait for each other; this pays off when
                 an item takes less than a millisecond. ``None`` lets batches grow until one takes
                 some milliseconds; an asynchronous source is then read one by one, as its items may
@@ -312,7 +312,7 @@ class ProcessPool:
         """
         _check_function("fn", fn)
         if buffer is None:
-            buffer = self._size
+            buffer = 3 * self._size
         check_count("buffer", buffer, least=0)
         if chunksize is not None:
             check_count("chunksize", chunksize)
