@@ -7,7 +7,6 @@ the second worker, too, comes up. Time is wall time: the work is done in other p
 from __future__ import annotations
 
 import asyncio
-import inspect
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
@@ -74,14 +73,12 @@ def executor(work: Work) -> Maker:
     return lambda: run
 
 
-def ours(work: Work, *, ordered: bool = True) -> Maker:
+def ours(work: Work, **options: Any) -> Maker:
     """Ours."""
     fn, items, chunk = work
+    options = {"chunksize": chunk} | options
 
     async def run(number: int) -> float:
-        options: Any = {"ordered": ordered}
-        if chunk > 1:
-            options["chunksize"] = chunk
         async with ProcessPool(WORKERS) as pool:
             assert len([r async for r in pool.map(fn, items(WARM))]) == WARM
             await asyncio.sleep(SETTLE)
@@ -92,12 +89,7 @@ def ours(work: Work, *, ordered: bool = True) -> Maker:
             assert count == number
             return perf_counter() - start
 
-    def make() -> Measure:
-        if chunk > 1 and "chunksize" not in inspect.signature(ProcessPool.map).parameters:
-            raise Unavailable("has no batches yet")
-        return timed(run)
-
-    return make
+    return lambda: timed(run)
 
 
 def standard_pool(work: Work) -> Maker:
@@ -322,6 +314,7 @@ def items(key: str, titles: tuple[str, str], work: Work, target: float, number: 
     chunked = "" if work[2] == 1 else f"chunksize={work[2]}"
     named = f"({chunked})" if chunked else ""
     as_completed = f"ordered=False, {chunked}" if chunked else "ordered=False"
+    automatic = Candidate("ProcessPool.map(chunksize=None)", ours(work, chunksize=None), OURS)
     return Case(
         key=key,
         zh=titles[0],
@@ -330,6 +323,7 @@ def items(key: str, titles: tuple[str, str], work: Work, target: float, number: 
             Candidate(f"ProcessPoolExecutor.map{named}", executor(work)),
             Candidate(f"ProcessPool.map{named}", ours(work), OURS, at_most=target),
             Candidate(f"ProcessPool.map({as_completed})", ours(work, ordered=False), OURS),
+            *([automatic] if chunked else []),
             Candidate("(a pipe for each worker)", pipe_bound(work)),
             Candidate("(no other process)", loop(work)),
             Candidate(f"multiprocessing.Pool.imap{named}", standard_pool(work)),
