@@ -57,7 +57,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
-    from typing import Self
+    from typing import Self, TypeAlias
+
+    _Event: TypeAlias = tuple[str, dict[str, Any]]
 
 __all__ = ["ProcessExecutor", "ProcessPool", "ProcessPoolStatistics"]
 
@@ -495,45 +497,48 @@ class ProcessPool:
             self._idle.append(worker)
             self._dispatch()
 
-    def _on_exit(self, worker: _Worker, exitcode: int | None) -> list[tuple[str, dict[str, Any]]]:
-        """Find out which item died with its worker; hand out again those that it had not begun."""
-        job = worker.job
-        events: list[tuple[str, dict[str, Any]]] = []
-        if worker.ahead is not None and not worker.ahead.future.done():
-            self._delivered -= len(worker.ahead.items)
-            self._waiting.appendleft(worker.ahead)
+    def _on_exit(self, worker: _Worker, exitcode: int | None) -> list[_Event]:
+        """Hand out again what the worker had not begun, and judge the item that it had."""
+        job, ahead = worker.job, worker.ahead
+        if ahead is not None and not ahead.future.done():
+            self._delivered -= len(ahead.items)
+            self._waiting.appendleft(ahead)
         worker.ahead = None
         worker.take()
         if job is None or job.future.done():
-            return events
+            return []
         results, begun = worker.testament(job)
         job.read(MANY, results)
         if len(job.outcomes) > worker.base:
             job.losses = 0
         self._delivered -= len(job.items) - len(job.outcomes) - begun
-        if begun:
-            item = job.items[len(job.outcomes)]
-            job.losses += 1
-            what = f"{job.name} for {reprlib.repr(item)}"
-            if worker.overdue:
-                self._timed_out += 1
-                message = f"{what} took longer than {job.limit:g} s, and its worker was killed"
-                job.give_up(DeadlineExceeded(message, seconds=job.limit))
-            elif job.losses < self._max_deliveries:
-                self._redelivered += 1
-                events.append(("redelivered", {"item": item}))
-            else:
-                self._poisoned += 1
-                events.append(("gave_up", {"item": item, "deliveries": job.losses}))
-                message = f"a worker process {_tell_end(exitcode)} while it ran {what}"
-                job.give_up(WorkerCrashed(message, exitcode=exitcode, item=item))
-        if len(job.outcomes) < len(job.items):
-            if job.kwargs is None:
-                job.pack(apart=True)  # who knows what kills when it is unpickled
-            self._waiting.appendleft(job)
-        else:
+        events = self._judge(job, worker, exitcode) if begun else []
+        if len(job.outcomes) == len(job.items):
             job.future.set_result(job.outcomes)
+            return events
+        if job.kwargs is None:
+            job.pack(apart=True)  # who knows what kills when it is unpickled
+        self._waiting.appendleft(job)
         return events
+
+    def _judge(self, job: _Job, worker: _Worker, exitcode: int | None) -> list[_Event]:
+        """Give up the item that was lost with its worker, unless it may be delivered again."""
+        item = job.items[len(job.outcomes)]
+        job.losses += 1
+        what = f"{job.name} for {reprlib.repr(item)}"
+        if worker.overdue:
+            self._timed_out += 1
+            message = f"{what} took longer than {job.limit:g} s, and its worker was killed"
+            job.give_up(DeadlineExceeded(message, seconds=job.limit))
+            return []
+        if job.losses < self._max_deliveries:
+            self._redelivered += 1
+            return [("redelivered", {"item": item})]
+        event = ("gave_up", {"item": item, "deliveries": job.losses})
+        self._poisoned += 1
+        message = f"a worker process {_tell_end(exitcode)} while it ran {what}"
+        job.give_up(WorkerCrashed(message, exitcode=exitcode, item=item))
+        return [event]
 
     def _fail_all(self, reason: str, cause: Exception | None, exitcode: int | None) -> None:
         """Fail all items that wait: there is no worker, and none can be started."""
