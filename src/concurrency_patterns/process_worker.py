@@ -107,6 +107,8 @@ class _Server:
         shared = _receive_journal(pipe)
         self._outlives = shared is not None
         self._journal = shared or mmap.mmap(-1, JOURNAL_SIZE)
+        state = memoryview(self._journal)
+        self._begun_at, self._begun = state[:8].cast("d"), state[24:32].cast("Q")
         self._serial = 0
         self._busy = self._ending = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
@@ -145,8 +147,7 @@ class _Server:
         limited: bool,
     ) -> None:
         """Answer each item; the time between two tiny ones is what this loop costs."""
-        journal = self._journal
-        begun_at, begun = memoryview(journal)[:8].cast("d"), memoryview(journal)[24:32].cast("Q")
+        journal, begun_at, begun = self._journal, self._begun_at, self._begun
         keep_until = len(items) if self._outlives else 0
         kept = list[Any]()
         for number, item in enumerate(items, 1):
