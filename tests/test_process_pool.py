@@ -328,6 +328,25 @@ async def test_a_worker_killed_while_it_starts_costs_nothing():
         assert (pool.statistics().restarts, pool.statistics().delivered) == (1, 1)
 
 
+async def test_several_workers_killed_while_they_start_cost_nothing(tmp_path):
+    """Each of three is killed twice; what happens to one is not counted against another."""
+    go, killed = tmp_path / "go", set()
+
+    def kill_six():
+        for child in multiprocessing.active_children():
+            if child.pid not in killed and len(killed) < 6:
+                killed.add(child.pid)
+                child.kill()
+        return len(killed) == 6
+
+    async with ProcessPool(3, initializer=work.wait_for, initargs=(go,)) as pool:
+        calls = [asyncio.create_task(pool.submit(work.double, number)) for number in range(3)]
+        await until(kill_six)
+        go.touch()
+        assert await asyncio.gather(*calls) == [0, 2, 4]
+        assert pool.statistics().restarts == 6
+
+
 async def test_workers_that_are_always_killed_while_they_start_fail_the_items():
     """After three in a row it is no chance: the items that wait fail, and nothing hangs."""
     async with ProcessPool(1, initializer=work.double_or_die, initargs=(5,)) as pool:

@@ -69,7 +69,7 @@ R = TypeVar("R")
 
 EXIT_GRACE = 5.0  # seconds for a worker without work to run its exit handlers; then it is killed
 SHORT_BATCH, LONG_BATCH, LARGEST_BATCH = 0.001, 0.004, 1000  # seconds, seconds, items
-START_ATTEMPTS = 3  # in a row, for workers that somebody kills while they start
+START_ATTEMPTS = 3  # in a row, for a worker that somebody kills while it starts
 TROUBLE = (Exception, SystemExit)  # pickling and unpickling run any code
 QUICK_BATCH = 0.02  # seconds; another batch may wait in the pipe behind one that is so short
 
@@ -181,7 +181,6 @@ class ProcessPool:
         self._unsettled: set[asyncio.Future[Any]] = set()
         self._delivered = self._redelivered = self._poisoned = self._timed_out = 0
         self._restarts = self._recycled = 0
-        self._lost_starts = 0  # in a row
 
     async def __aenter__(self) -> Self:
         self._loop = check_loop(self, self._loop)
@@ -424,6 +423,7 @@ class ProcessPool:
 
     async def _keep(self) -> None:
         """Keep one worker alive, as long as there is or may be work."""
+        lost_starts = 0
         while self._open or self._waiting:
             worker = _Worker(self._on_message)
             exitcode = cause = None
@@ -436,7 +436,9 @@ class ProcessPool:
                 self._ready.discard(worker)
                 if worker in self._idle:
                     self._idle.remove(worker)
-            if not was_ready and not self._starts_again(exitcode):
+            lost_starts = 0 if was_ready else lost_starts + 1
+            by_signal = exitcode is not None and exitcode < 0  # else it would end so again
+            if lost_starts == START_ATTEMPTS or (lost_starts and not by_signal):
                 self._keepers.discard(worker.keeper)  # the next submission hires another one
                 if not self._keepers:
                     reason = _tell_start(worker.failure, cause, exitcode)
@@ -453,19 +455,12 @@ class ProcessPool:
                 for kind, data in events:
                     notify(self.on_event, f"process_pool.{kind}", **data)
 
-    def _starts_again(self, exitcode: int | None) -> bool:
-        """Tell whether to try again: a signal may be chance, any other end will come again."""
-        self._lost_starts += 1
-        killed = exitcode is not None and exitcode < 0
-        return killed and self._lost_starts < START_ATTEMPTS
-
     def _on_message(self, worker: _Worker, kind: bytes, body: bytes | bytearray) -> None:
         job = worker.job
         if kind == FAILED:
             worker.failure = _restore(body)
             return
         if job is None:  # it is ready
-            self._lost_starts = 0
             self._ready.add(worker)
             self._free(worker)
             return
