@@ -6,6 +6,7 @@ import than most of these tests take to run.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -31,6 +32,11 @@ def first_waits_for(path, who, number):
     while number == 0 and not Path(path).exists():
         time.sleep(0.001)
     return number
+
+
+def loaded(names):
+    """Return those of the modules that this process has imported."""
+    return [name for name in names if name in sys.modules]
 
 
 def nap(seconds):
@@ -127,6 +133,65 @@ def make_brittle(_=None):
     return Brittle()
 
 
+class ExitWhenPickledError(Exception):
+    """Ends the process that pickles it."""
+
+    def __reduce__(self):
+        sys.exit("pickled")
+
+
+def raise_exit_when_pickled():
+    """Raise what ends the worker that describes it."""
+    raise ExitWhenPickledError("odd")
+
+
+class ExitWhenReadError(Exception):
+    """Ends any other process that unpickles it."""
+
+    def __reduce__(self):
+        return exit_in_another_process, (os.getpid(),)
+
+
+def exit_in_another_process(pid):
+    """Raise SystemExit."""
+    if os.getpid() != pid:
+        sys.exit("read")
+
+
+def raise_exit_when_read():
+    """Raise what would end the parent."""
+    raise ExitWhenReadError("odd")
+
+
+def return_exit_when_read():
+    """Return what would end the parent."""
+    return ExitWhenReadError("odd")
+
+
+class PickledOnce:
+    """An argument that cannot be pickled a second time."""
+
+    def __init__(self, value):
+        self.value = value
+        self.pickled = False
+
+    def __reduce__(self):
+        if self.pickled:
+            raise ValueError("once only")
+        self.pickled = True
+        return str, (self.value,)
+
+
+class Nameless:
+    """A function without a name, and not even a representation; it kills its process."""
+
+    def __call__(self, _):
+        os._exit(3)
+
+    def __repr__(self):
+        raise ValueError("nameless")
+
+
 def blob(size):
     """Return many bytes."""
     return b"x" * size
@@ -145,6 +210,22 @@ def fork_and_die(path):
         os._exit(0)
     Path(path).write_text(str(child))
     os._exit(4)
+
+
+def note_and_fork(item):
+    """Write down the number; at 2 the process forks, and its child returns, too."""
+    path, number = item
+    if number == 2 and (child := os.fork()):
+        Path(f"{path} of the child").write_text(str(child))
+    with open(path, "a") as file:  # noqa: PTH123 -- appends in one piece
+        file.write(f"{number}\n")
+    return number
+
+
+def double_in_a_process(number):
+    """Let another process double the number."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(double, (number,))
 
 
 async def coroutine_function():

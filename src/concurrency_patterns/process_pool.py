@@ -6,6 +6,8 @@ import asyncio
 import atexit
 import concurrent.futures
 import inspect
+import io
+import marshal
 import math
 import mmap
 import multiprocessing
@@ -14,8 +16,6 @@ import pickle
 import reprlib
 import signal
 import socket
-import struct
-import sys
 import threading
 import time
 import traceback
@@ -37,12 +37,29 @@ from .errors import (
     check_seconds,
     notify,
 )
+from .process_worker import (
+    CALL,
+    ERROR,
+    FAILED,
+    HEADER,
+    JOURNAL_SIZE,
+    MANY,
+    STATE,
+    UNREAD,
+    dump,
+    entry,
+    frame,
+    name_of,
+    summary,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
-    from typing import Self
+    from typing import Self, TypeAlias
+
+    _Event: TypeAlias = tuple[str, dict[str, Any]]
 
 __all__ = ["ProcessExecutor", "ProcessPool", "ProcessPoolStatistics"]
 
@@ -52,6 +69,8 @@ R = TypeVar("R")
 
 EXIT_GRACE = 5.0  # seconds for a worker without work to run its exit handlers; then it is killed
 SHORT_BATCH, LONG_BATCH, LARGEST_BATCH = 0.001, 0.004, 1000  # seconds, seconds, items
+START_ATTEMPTS = 3  # in a row, for a worker that somebody kills while it starts
+TROUBLE = (Exception, SystemExit)  # pickling and unpickling run any code
 QUICK_BATCH = 0.02  # seconds; another batch may wait in the pipe behind one that is so short
 
 
@@ -275,8 +294,8 @@ class ProcessPool:
             source: The items; an iterable or an asynchronous one.
             ordered: Whether results come in the order of the items, or as they are finished.
             buffer: How many items (batches, if ``chunksize`` is not 1), beyond one for each
-                worker, may be read without their results having been taken; ``None`` means as many
-                as there are workers.
+                worker, may be read without their results having been taken; ``None`` means three
+                for each worker, so that one late result does not stop the others.
             chunksize: How many items travel together, and wait for each other; this pays off when
                 an item takes less than a millisecond. ``None`` lets batches grow until one takes
                 some milliseconds; an asynchronous source is then read one by one, as its items may
@@ -294,7 +313,7 @@ class ProcessPool:
         """
         _check_function("fn", fn)
         if buffer is None:
-            buffer = self._size
+            buffer = 3 * self._size
         check_count("buffer", buffer, least=0)
         if chunksize is not None:
             check_count("chunksize", chunksize)
@@ -302,32 +321,15 @@ class ProcessPool:
             check_positive("timeout", timeout)
         limit = self._task_timeout if timeout is None else timeout
         pace = _Pace(chunksize or 1, fixed=chunksize is not None)
-        room = asyncio.Semaphore(self._size + buffer)
-        calls: set[asyncio.Future[Any]] = set()
-        answers: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-
-        async def read() -> None:
-            await room.acquire()
-            try:
-                async with aclosing(_batches(source, pace)) as batches:
-                    async for batch in batches:
-                        call = self._enqueue(fn, batch, None, limit, pace)
-                        calls.add(call)
-                        if ordered:
-                            answers.put_nowait(call)
-                        else:
-                            call.add_done_callback(answers.put_nowait)
-                        await room.acquire()
-            finally:
-                if calls:
-                    await asyncio.wait(calls)
-
-        reader = asyncio.create_task(read(), name="process pool: reader")
-        reader.add_done_callback(answers.put_nowait)  # behind all answers: the end
+        reading = _Reading(
+            source,
+            pace,
+            lambda batch: self._enqueue(fn, batch, None, limit, pace),
+            most=self._size + buffer,
+            ordered=ordered,
+        )
         try:
-            while (answer := await answers.get()) is not reader:
-                outcomes = await answer
-                calls.discard(answer)
+            while (outcomes := await reading.take()) is not None:
                 for outcome in outcomes:
                     if type(outcome) is not _Failure:
                         yield outcome
@@ -335,14 +337,8 @@ class ProcessPool:
                         yield outcome.error
                     else:
                         raise outcome.error
-                room.release()
-            await reader
         finally:
-            unfinished: list[asyncio.Future[Any]] = [*calls, reader]
-            for left in unfinished:
-                if not left.cancel() and not left.cancelled():
-                    left.exception()  # nobody will ask for it any more
-            await asyncio.wait([reader])  # until it has closed the source
+            await reading.close()
 
     def statistics(self) -> ProcessPoolStatistics:
         """Return what the pool does and has seen."""
@@ -375,7 +371,8 @@ class ProcessPool:
         job.future.add_done_callback(lambda _: self._on_done(job))
         self._waiting.append(job)
         self._dispatch()
-        self._hire()
+        if self._waiting:
+            self._hire()
         return job.future
 
     def _on_done(self, job: _Job) -> None:
@@ -426,6 +423,7 @@ class ProcessPool:
 
     async def _keep(self) -> None:
         """Keep one worker alive, as long as there is or may be work."""
+        lost_starts = 0
         while self._open or self._waiting:
             worker = _Worker(self._on_message)
             exitcode = cause = None
@@ -438,7 +436,9 @@ class ProcessPool:
                 self._ready.discard(worker)
                 if worker in self._idle:
                     self._idle.remove(worker)
-            if not was_ready:
+            lost_starts = 0 if was_ready else lost_starts + 1
+            by_signal = exitcode is not None and exitcode < 0  # else it would end so again
+            if lost_starts == START_ATTEMPTS or (lost_starts and not by_signal):
                 self._keepers.discard(worker.keeper)  # the next submission hires another one
                 if not self._keepers:
                     reason = _tell_start(worker.failure, cause, exitcode)
@@ -473,7 +473,8 @@ class ProcessPool:
         answers = pickle.loads(body) if kind == MANY else [body]  # noqa: S301 -- our own process
         if complete := len(job.outcomes) + len(answers) == len(job.items):
             if job.pace is not None:
-                job.pace.took(len(answers), time.monotonic() - worker.given_at)
+                took = time.monotonic() - worker.begun_at
+                job.pace.took(len(job.items) - worker.base, took)
             self._free(worker)  # first: the worker shall not wait for us to unpickle
         else:
             worker.given_at = time.monotonic()  # of the next item of the batch
@@ -491,44 +492,48 @@ class ProcessPool:
             self._idle.append(worker)
             self._dispatch()
 
-    def _on_exit(self, worker: _Worker, exitcode: int | None) -> list[tuple[str, dict[str, Any]]]:
-        """Find out which item died with its worker; hand out again those that it had not begun."""
-        job = worker.job
-        events: list[tuple[str, dict[str, Any]]] = []
-        if worker.ahead is not None and not worker.ahead.future.done():
-            self._delivered -= len(worker.ahead.items)
-            self._waiting.appendleft(worker.ahead)
+    def _on_exit(self, worker: _Worker, exitcode: int | None) -> list[_Event]:
+        """Hand out again what the worker had not begun, and judge the item that it had."""
+        job, ahead = worker.job, worker.ahead
+        if ahead is not None and not ahead.future.done():
+            self._delivered -= len(ahead.items)
+            self._waiting.appendleft(ahead)
         worker.ahead = None
         worker.take()
         if job is None or job.future.done():
-            return events
+            return []
         results, begun = worker.testament(job)
         job.read(MANY, results)
         if len(job.outcomes) > worker.base:
             job.losses = 0
         self._delivered -= len(job.items) - len(job.outcomes) - begun
-        if begun:
-            item = job.items[len(job.outcomes)]
-            job.losses += 1
-            what = f"{job.name} for {reprlib.repr(item)}"
-            if worker.overdue:
-                self._timed_out += 1
-                message = f"{what} took longer than {job.limit:g} s, and its worker was killed"
-                job.give_up(DeadlineExceeded(message, seconds=job.limit))
-            elif job.losses < self._max_deliveries:
-                self._redelivered += 1
-                events.append(("redelivered", {"item": item}))
-            else:
-                self._poisoned += 1
-                events.append(("gave_up", {"item": item, "deliveries": job.losses}))
-                message = f"a worker process {_tell_end(exitcode)} while it ran {what}"
-                job.give_up(WorkerCrashed(message, exitcode=exitcode, item=item))
-        if len(job.outcomes) < len(job.items):
-            job.pack(apart=True)  # who knows what kills when it is unpickled
-            self._waiting.appendleft(job)
-        else:
+        events = self._judge(job, worker, exitcode) if begun else []
+        if len(job.outcomes) == len(job.items):
             job.future.set_result(job.outcomes)
+            return events
+        if job.kwargs is None:
+            job.pack(apart=True)  # who knows what kills when it is unpickled
+        self._waiting.appendleft(job)
         return events
+
+    def _judge(self, job: _Job, worker: _Worker, exitcode: int | None) -> list[_Event]:
+        """Give up the item that was lost with its worker, unless it may be delivered again."""
+        item = job.items[len(job.outcomes)]
+        job.losses += 1
+        what = f"{job.name} for {reprlib.repr(item)}"
+        if worker.overdue:
+            self._timed_out += 1
+            message = f"{what} took longer than {job.limit:g} s, and its worker was killed"
+            job.give_up(DeadlineExceeded(message, seconds=job.limit))
+            return []
+        if job.losses < self._max_deliveries:
+            self._redelivered += 1
+            return [("redelivered", {"item": item})]
+        event = ("gave_up", {"item": item, "deliveries": job.losses})
+        self._poisoned += 1
+        message = f"a worker process {_tell_end(exitcode)} while it ran {what}"
+        job.give_up(WorkerCrashed(message, exitcode=exitcode, item=item))
+        return [event]
 
     def _fail_all(self, reason: str, cause: Exception | None, exitcode: int | None) -> None:
         """Fail all items that wait: there is no worker, and none can be started."""
@@ -600,7 +605,7 @@ class _Job:
 
     @property
     def name(self) -> str:
-        return getattr(self.fn, "__qualname__", repr(self.fn))
+        return name_of(self.fn)
 
     def quick(self) -> bool:
         """Tell whether it is a batch, of a kind that was short so far."""
@@ -613,7 +618,7 @@ class _Job:
         try:
             if self.apart:
                 items = [self._pack_item(item) for item in items]
-            self.request = _dump((self.fn, items, self.kwargs, self.apart))
+            self.request = dump((self.fn, items, self.kwargs, self.apart, self.limit is not None))
         except Exception as error:
             if self.kwargs is None and not self.apart:
                 self.pack(apart=True)
@@ -622,28 +627,27 @@ class _Job:
 
     def _pack_item(self, item: object) -> bytes | str:
         try:
-            return _dump(item)
-        except Exception as error:  # noqa: BLE001 -- pickling runs any code
+            return dump(item)
+        except TROUBLE as error:
             return self._refusal(error)
 
-    def _refusal(self, error: Exception) -> str:
+    def _refusal(self, error: BaseException) -> str:
         return f"the call of {self.name} cannot be pickled for a worker process: {error}"
 
     def read(self, kind: bytes, answers: list[Any]) -> None:
-        """Make outcomes of answers."""
+        """Make outcomes of answers: errors, plain results, and others, which are pickled."""
         if kind in {ERROR, UNREAD}:
             self.outcomes.append(_Failure(_restore(answers[0])))
             return
-        try:
-            self.outcomes += list(map(pickle.loads, answers))
-        except Exception:  # noqa: BLE001 -- unpickling runs any code
-            self.outcomes += [self._read_one(answer) for answer in answers]
+        if not {bytes, bytearray}.isdisjoint(map(type, answers)):
+            answers = [self._load(a) if type(a) in {bytes, bytearray} else a for a in answers]
+        self.outcomes += answers
 
-    def _read_one(self, answer: bytes) -> Any:
+    def _load(self, answer: bytes | bytearray) -> Any:
         try:
             return pickle.loads(answer)  # noqa: S301 -- comes from our own process
-        except Exception as error:  # noqa: BLE001 -- unpickling runs any code
-            message = f"the result of {self.name} cannot be unpickled: {_summary(error)}"
+        except TROUBLE as error:
+            message = f"the result of {self.name} cannot be unpickled: {summary(error)}"
             text = "".join(traceback.format_exception(error))
             return _Failure(RemoteError(message, traceback=text))
 
@@ -653,28 +657,12 @@ class _Job:
         self.losses = 0
 
 
-# A message in either direction: its kind, the length of its body, its body.
-HEADER = struct.Struct("!cQ")
-READY, FAILED, CALL, UNREAD, RESULT, ERROR, MANY = b"r", b"f", b"c", b"u", b"=", b"!", b"*"
-
-# The journal is memory that the worker writes and that outlives it: when the item was begun, in
-# which batch, its number there (0: the worker still reads the batch), how many results before it
-# were not sent yet; then these, each behind its length.
-STATE = struct.Struct("=dIII")
-JOURNAL_SIZE = 2**18
-LARGE = 2**14  # bytes from which a result is sent by itself
-FLUSH = 0.05  # seconds for which a finished item of a batch may wait to be sent
-
-
-def _frame(kind: bytes, body: bytes = b"") -> bytes:
-    return HEADER.pack(kind, len(body)) + body
-
-
 class _Worker(asyncio.BufferedProtocol):
     """The parent's end of one worker process: its pipe, its life, the job it has.
 
     The pipe is a pair of sockets, as these are what every event loop can read and write without
-    blocking: a message of any size neither stops the loop nor waits for the other side.
+    blocking: a message of any size neither stops the loop nor waits for the other side. What it
+    receives goes straight to its place: ``asyncio.Protocol`` makes a small item 1.6 times dearer.
     """
 
     def __init__(self, on_message: Callable[[_Worker, bytes, bytes | bytearray], None]) -> None:
@@ -683,7 +671,7 @@ class _Worker(asyncio.BufferedProtocol):
         self.base = 0  # how many outcomes the job had before
         self.handled = 0  # items in all
         self._serial = 0  # of the job
-        self.given_at = 0.0
+        self.begun_at = self.given_at = 0.0  # the job; its item, as far as the parent can tell
         self.overdue = self.killed = self.dismissed = False
         self.failure: Exception | None = None
         self.keeper: Any = asyncio.current_task()
@@ -703,8 +691,9 @@ class _Worker(asyncio.BufferedProtocol):
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
+                target, args = entry(theirs, *setup)
                 self._process = context.Process(
-                    target=_serve, args=(theirs, *setup), name="process pool worker", daemon=True
+                    target=target, args=args, name="process pool worker", daemon=True
                 )
                 self._process.start()
             try:
@@ -737,7 +726,7 @@ class _Worker(asyncio.BufferedProtocol):
     def give(self, job: _Job) -> None:
         job.worker = self
         self.handled += len(job.items) - len(job.outcomes)
-        self._transport.write(_frame(CALL, job.request))
+        self._transport.write(frame(CALL, job.request))
         if self.job is None:
             self._begin(job)
         else:
@@ -754,27 +743,24 @@ class _Worker(asyncio.BufferedProtocol):
     def _begin(self, job: _Job) -> None:
         self.job = job
         self.base = len(job.outcomes)
-        self.given_at = time.monotonic()
+        self.begun_at = self.given_at = time.monotonic()
         self._serial += 1
         if job.limit is not None:
             self._call_later(job.limit, self._check_limit)
 
-    def testament(self, job: _Job) -> tuple[list[bytes], bool]:
+    def testament(self, job: _Job) -> tuple[list[Any], bool]:
         """Return the results it could not send any more, and whether it had begun another item."""
         if self._journal is None:
             return [], True
-        _, serial, begun, kept = STATE.unpack_from(self._journal)
+        _, serial, sent_before, begun = STATE.unpack_from(self._journal)
         if serial != self._serial:
             return [], False
-        sent = len(job.outcomes) - self.base
-        self._journal.seek(STATE.size)
-        results = []
-        for number in range(begun - kept, begun):
-            result = self._journal.read(int.from_bytes(self._journal.read(4)))
-            if number > sent:
-                results.append(result)
         if begun == 0:  # it died while it read the batch: by which item?
             return [], job.apart or len(job.items) == 1
+        sent = len(job.outcomes) - self.base
+        kept = io.BytesIO(self._journal[STATE.size :])
+        results = [marshal.load(kept) for _ in range(sent_before + 1, begun)]  # noqa: S302 -- ours
+        results = results[sent - sent_before :]
         return results, begun > sent + len(results)
 
     def dismiss(self) -> None:
@@ -848,14 +834,10 @@ class _Worker(asyncio.BufferedProtocol):
             self._gone.set_result(None)
 
 
-def _dump(value: object) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-
 def _restore(body: bytes | bytearray) -> Exception:
-    summary, text, pickled = pickle.loads(body)  # noqa: S301 -- comes from our own process
-    error: Exception = RemoteError(summary, traceback=text)
-    with suppress(Exception):  # unpickling runs any code
+    line, text, pickled = pickle.loads(body)  # noqa: S301 -- comes from our own process
+    error: Exception = RemoteError(line, traceback=text)
+    with suppress(*TROUBLE):
         original = pickle.loads(pickled)  # noqa: S301
         # A coroutine cannot raise StopIteration; KeyboardInterrupt would end the parent.
         if isinstance(original, Exception) and not isinstance(original, StopIteration):
@@ -880,7 +862,7 @@ def _tell_end(exitcode: int | None) -> str:
 
 def _tell_start(failure: Exception | None, cause: Exception | None, exitcode: int | None) -> str:
     if failure is not None:
-        return f"the initializer of a worker process failed: {_summary(failure)}"
+        return f"the initializer of a worker process failed: {summary(failure)}"
     end = "could not be started" if cause else f"{_tell_end(exitcode)} while it started"
     return (
         f"a worker process {end} (its standard error may tell why; a script that makes a pool "
@@ -888,42 +870,124 @@ def _tell_start(failure: Exception | None, cause: Exception | None, exitcode: in
     )
 
 
-async def _batches(
-    source: Iterable[T] | AsyncIterable[T], pace: _Pace
-) -> AsyncGenerator[list[T], None]:
+class _Reading:
+    """What one ``map`` has read of its source and has not yet given to its caller.
+
+    A plain source is read by whoever takes the results; an asynchronous one by a task, as its
+    items may be slow to come and must not hold back the results of earlier ones.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[T] | AsyncIterable[T],
+        pace: _Pace,
+        call: Callable[[list[T]], asyncio.Future[list[Any]]],
+        *,
+        most: int,
+        ordered: bool,
+    ) -> None:
+        self._call = call
+        self._most = most
+        self._ordered = ordered
+        self._calls: set[asyncio.Future[list[Any]]] = set()
+        self._answers: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        self._room = asyncio.Semaphore(most - 1)  # one more as soon as somebody takes
+        self._batches = iter(list[list[Any]]())
+        self._end: asyncio.Future[None]
+        if isinstance(source, AsyncIterable):
+            self._end = asyncio.create_task(self._read_on(_async_batches(source, pace)))
+            self._end.add_done_callback(self._answers.put_nowait)  # it wakes the taker
+        else:
+            self._end = asyncio.get_running_loop().create_future()
+            self._batches = _batches(source, pace)
+
+    async def take(self) -> list[Any] | None:
+        """Wait for the next outcomes; ``None`` after the last ones."""
+        self._room.release()
+        while True:
+            if not isinstance(self._end, asyncio.Task):
+                self._read()
+            if not self._calls and self._end.done():
+                await self._end
+                return None
+            answer = await self._answers.get()
+            if answer is not self._end:
+                outcomes: list[Any] = await answer
+                self._calls.discard(answer)
+                return outcomes
+
+    def _read(self) -> None:
+        try:
+            for batch in islice(self._batches, self._most - len(self._calls)):
+                self._start(batch)
+        except Exception as error:  # noqa: BLE001 -- it is raised behind the results
+            self._end.set_exception(error)
+        else:
+            if len(self._calls) < self._most and not self._end.done():
+                self._end.set_result(None)
+
+    async def _read_on(self, batches: AsyncGenerator[list[T], None]) -> None:
+        async with aclosing(batches):
+            await self._room.acquire()
+            async for batch in batches:
+                self._start(batch)
+                await self._room.acquire()
+
+    def _start(self, batch: list[Any]) -> None:
+        call = self._call(batch)
+        self._calls.add(call)
+        if self._ordered:
+            self._answers.put_nowait(call)
+        else:
+            call.add_done_callback(self._answers.put_nowait)
+
+    async def close(self) -> None:
+        """Give up what was not taken."""
+        unfinished: list[asyncio.Future[Any]] = [*self._calls, self._end]
+        for left in unfinished:
+            if not left.cancel() and not left.cancelled():
+                left.exception()  # nobody will ask for it any more
+        if isinstance(self._end, asyncio.Task):
+            await asyncio.wait([self._end])  # until it has closed the source
+
+
+def _batches(source: Iterable[T], pace: _Pace) -> Iterator[list[T]]:
     """Read a source in batches; if it fails, what it gave before comes first."""
+    iterator = iter(source)
     batch: list[T] = []
-    failure = None
-    if isinstance(source, AsyncIterable):
-        closing: AbstractAsyncContextManager[Any] = (
-            aclosing(source) if hasattr(source, "aclose") else nullcontext()
-        )
-        size = pace.size if pace.fixed else 1
-        async with closing:
-            try:
-                async for item in source:
-                    batch.append(item)
-                    if len(batch) == size:
-                        yield batch
-                        batch = []
-            except Exception as error:  # noqa: BLE001 -- raised below
-                failure = error
-            if batch:
-                yield batch
-    else:
-        iterator = iter(source)
-        while failure is None:
-            batch = []
-            try:
-                batch.extend(islice(iterator, pace.size))  # keeps what came before an error
-            except Exception as error:  # noqa: BLE001 -- raised below
-                failure = error
-            if batch:
-                yield batch
-            elif failure is None:
+    try:
+        while True:
+            batch.extend(islice(iterator, pace.size))  # keeps what came before an error
+            if not batch:
                 return
-    if failure is not None:
-        raise failure
+            yield batch
+            batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+
+
+async def _async_batches(source: AsyncIterable[T], pace: _Pace) -> AsyncGenerator[list[T], None]:
+    """Do the same with an asynchronous source."""
+    batch: list[T] = []
+    size = pace.size if pace.fixed else 1
+    closing: AbstractAsyncContextManager[Any] = (
+        aclosing(source) if hasattr(source, "aclose") else nullcontext()
+    )
+    async with closing:
+        try:
+            async for item in source:
+                batch.append(item)
+                if len(batch) == size:
+                    yield batch
+                    batch = []
+        except Exception:
+            if batch:
+                yield batch
+            raise
+        if batch:
+            yield batch
 
 
 class ProcessExecutor(concurrent.futures.Executor):
@@ -946,6 +1010,7 @@ class ProcessExecutor(concurrent.futures.Executor):
     def __init__(self, workers: int, **options: Any) -> None:
         self.pool = ProcessPool(workers, **options)
         self._closed = False
+        self._lock = threading.Lock()  # a call comes before the end, or not at all
         started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._run(started)), name="process executor", daemon=True
@@ -964,9 +1029,11 @@ class ProcessExecutor(concurrent.futures.Executor):
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]:
         """Call a function in a worker process; return the future of its result."""
-        if self._closed:
-            raise RuntimeError("cannot submit after shutdown")
-        return asyncio.run_coroutine_threadsafe(self.pool.submit(fn, *args, **kwargs), self._loop)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("cannot submit after shutdown")
+            call = self.pool.submit(fn, *args, **kwargs)
+            return asyncio.run_coroutine_threadsafe(call, self._loop)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls, finish those that were submitted, and end the workers.
@@ -976,9 +1043,10 @@ class ProcessExecutor(concurrent.futures.Executor):
             cancel_futures: Whether to cancel the calls that no worker has begun.
         """
         atexit.unregister(self.shutdown)
-        if not self._closed:
-            self._closed = True
-            asyncio.run_coroutine_threadsafe(self._stop(cancel_futures), self._loop)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                asyncio.run_coroutine_threadsafe(self._stop(cancel_futures), self._loop)
         if wait:
             self._thread.join()
 
@@ -986,166 +1054,3 @@ class ProcessExecutor(concurrent.futures.Executor):
         for job in list(self.pool._waiting) if cancel else ():
             job.future.cancel()
         self._end.set()
-
-
-# What follows runs in the worker process.
-
-
-def _serve(pipe: socket.socket, initializer: Callable[..., object] | None, args: Any) -> None:
-    server = _Server(pipe)
-    with suppress(EOFError, ConnectionError):
-        if initializer is not None:
-            try:
-                initializer(*args)
-            except BaseException as error:  # noqa: BLE001 -- SystemExit too is a failure
-                server.send(FAILED, _describe(error))
-                return
-        server.send(READY)
-        while True:
-            server.answer_one()
-
-
-class _Server:
-    """Answers one call after the other until the parent closes the pipe, or is gone."""
-
-    def __init__(self, pipe: socket.socket) -> None:
-        self._pipe = pipe
-        self._journal = _receive_journal(pipe)
-        self._reader = pipe.makefile("rb", 2**16)
-        self._serial = 0
-        self._busy = self._ending = False
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        with suppress(Exception):  # a worker that is killed shall not take its output along
-            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        pipe.set_inheritable(False)  # a program that outlives this worker must not hold it open
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._close)
-
-    def answer_one(self) -> None:
-        self._busy = False
-        if self._ending:
-            raise SystemExit(128 + signal.SIGTERM)
-        _, size = HEADER.unpack(self._receive(HEADER.size))
-        request = self._receive(size)
-        self._busy = True
-        self._serial += 1
-        self._rewind()
-        if self._journal is not None:
-            STATE.pack_into(self._journal, 0, time.monotonic(), self._serial, 0, 0)
-        try:
-            call = pickle.loads(request)  # noqa: S301 -- comes from our own process
-        except BaseException as error:  # noqa: BLE001 -- unpickling runs any code
-            self.send(UNREAD, _describe(error, UNREADABLE))
-        else:
-            del request
-            self._handle(*call)
-
-    def _handle(
-        self, fn: Callable[..., Any], items: list[Any], kwargs: dict[str, Any] | None, apart: bool
-    ) -> None:
-        """Answer each item; the time between two tiny ones is what this loop costs."""
-        journal, kept = self._journal, list[bytes]()
-        unpicklable = f"the result of {getattr(fn, '__qualname__', fn)} cannot be pickled"
-        send_at = time.monotonic() + FLUSH
-        for number, item in enumerate(items, 1):
-            begun_at = time.monotonic()
-            if journal is not None:
-                STATE.pack_into(journal, 0, begun_at, self._serial, number, len(kept))
-            trouble = "" if isinstance(item, str) else UNREADABLE  # see _open
-            try:
-                argument = _open(item) if apart else item
-                trouble = ""
-                result = fn(argument) if kwargs is None else fn(*argument, **kwargs)
-                trouble = unpicklable
-                kind, body = RESULT, pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
-            except BaseException as error:  # noqa: BLE001 -- SystemExit is an answer, too
-                kind, body = ERROR, _describe(error, trouble)
-            result = None  # not kept while the next item is handled
-            small = kind == RESULT and len(body) < LARGE
-            if small and journal and number < len(items) and begun_at < send_at:
-                with_size = len(body).to_bytes(4) + body
-                if journal.tell() + len(with_size) < JOURNAL_SIZE and not self._ending:
-                    journal.write(with_size)
-                    kept.append(body)
-                    continue
-            if kept and small:
-                kind, body = MANY, _dump([*kept, body])
-            elif kept:
-                self.send(MANY, _dump(kept))
-            self.send(kind, body)
-            if self._ending:
-                return
-            kept.clear()
-            self._rewind()
-            send_at = begun_at + FLUSH
-
-    def send(self, kind: bytes, body: bytes = b"") -> None:
-        self._pipe.sendall(_frame(kind, body))
-
-    def _receive(self, size: int) -> bytes:
-        data: bytes = self._reader.read(size)
-        if len(data) < size:
-            raise EOFError
-        return data
-
-    def _rewind(self) -> None:
-        if self._journal is not None:
-            self._journal.seek(STATE.size)
-
-    def _on_sigterm(self, *_: object) -> None:
-        self._ending = True  # after this item
-        if not self._busy:
-            raise SystemExit(128 + signal.SIGTERM)
-
-    def _close(self) -> None:
-        self._reader.close()
-        self._pipe.close()
-
-
-def _receive_journal(pipe: socket.socket) -> mmap.mmap | None:
-    if not hasattr(socket, "recv_fds"):
-        pipe.recv(1)
-        return None
-    _, memories, *_ = socket.recv_fds(pipe, 1, 1)
-    for memory in memories:
-        journal = mmap.mmap(memory, JOURNAL_SIZE)
-        os.close(memory)
-        return journal
-    return None
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-UNREADABLE = "the call cannot be unpickled"
-
-
-def _open(item: bytes | str) -> Any:
-    if isinstance(item, str):
-        raise TypeError(item)  # the parent could not pickle it
-    return pickle.loads(item)  # noqa: S301 -- comes from our own process
-
-
-def _describe(error: BaseException, what: str = "") -> bytes:
-    """Describe an exception in a form that always arrives."""
-    if error.__traceback__ is not None:
-        error.__traceback__ = error.__traceback__.tb_next  # without our own frame
-    text = "".join(traceback.format_exception(error))
-    if what:
-        error = RemoteError(f"{what}: {_summary(error)}", traceback=text)
-    try:
-        pickled = _dump(error)
-    except Exception:  # noqa: BLE001 -- pickling runs any code
-        pickled = b""
-    return pickle.dumps((_summary(error), text, pickled))
-
-
-def _summary(error: BaseException) -> str:
-    line = traceback.format_exception_only(error)[0].strip()
-    return line.removeprefix(f"{type(error).__module__}.")

@@ -14,7 +14,7 @@ from benchmarks.__main__ import PATTERNS, RESULTS, run
 from benchmarks.harness import OURS, Candidate, Case, Unavailable, run_case
 
 MODULES = {path.stem for path in Path(concurrency_patterns.__file__).parent.glob("*.py")}
-NO_PATTERN = {"__init__", "errors", "observe", "testing"}
+NO_PATTERN = {"__init__", "errors", "observe", "testing", "process_worker"}
 
 
 def given(*values: float) -> SimpleNamespace:

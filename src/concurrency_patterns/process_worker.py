@@ -1,0 +1,268 @@
+"""The other half of ``process_pool``: what runs in each of its processes.
+
+A call waits until its process has started, and most of that time goes into imports. So this half
+imports nothing that it does not need, above all not asyncio.
+"""
+
+from __future__ import annotations
+
+import marshal
+import mmap
+import multiprocessing
+import os
+import pickle
+import reprlib
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__: list[str] = []
+
+# A message in either direction: its kind, the length of its body, its body.
+HEADER = struct.Struct("!cQ")
+READY, FAILED, CALL, UNREAD, RESULT, ERROR, MANY = b"r", b"f", b"c", b"u", b"=", b"!", b"*"
+
+# The journal is memory that the worker writes and that outlives it: when the last item was begun,
+# in which batch, how many answers of the batch were sent before what is kept here, and the number
+# of the item (0: the worker still reads the batch); then the results that were not sent yet.
+STATE = struct.Struct("=dQQQ")
+JOURNAL_SIZE = 2**18
+
+# Such results need no pickle of their own: nothing can go wrong with them, nobody can change
+# them, and marshal, which writes them into the journal, is three times as fast.
+PLAIN = frozenset({int, float, bool, str, type(None)})
+QUICK = 2  # marshal's version that looks for no repetitions
+
+
+def frame(kind: bytes, body: bytes = b"") -> bytes:
+    """Make a message."""
+    return HEADER.pack(kind, len(body)) + body
+
+
+def dump(value: object) -> bytes:
+    """Pickle a value."""
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def summary(error: BaseException) -> str:
+    """Tell an exception in a line."""
+    line = traceback.format_exception_only(error)[0].strip()
+    return line.removeprefix(f"{type(error).__module__}.")
+
+
+# To import this file by its name would import the package around it, and asyncio, which takes
+# longer than all the rest of a start.
+START = """
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("process_worker", file)
+worker = module_from_spec(spec)
+spec.loader.exec_module(worker)
+worker.serve(*args)
+"""
+
+
+def entry(*args: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what a new process has to call to get to ``serve``."""
+    if not os.path.isfile(__file__):  # noqa: PTH113 -- in an archive, or a frozen program
+        return serve, args
+    return exec, (START, {"file": __file__, "args": args})
+
+
+def name_of(fn: object) -> str:
+    """Name a function in a message."""
+    return getattr(fn, "__qualname__", None) or reprlib.repr(fn)
+
+
+def serve(pipe: socket.socket, initializer: Callable[..., object] | None, args: Any) -> None:
+    """Be a worker until the parent closes the pipe, or is gone."""
+    multiprocessing.current_process().daemon = False  # a function may start processes, too
+    server = _Server(pipe)
+    with suppress(EOFError, ConnectionError):
+        if initializer is not None:
+            try:
+                initializer(*args)
+            except BaseException as error:  # noqa: BLE001 -- SystemExit too is a failure
+                server.send(FAILED, _describe(error))
+                return
+        server.send(READY)
+        while True:
+            server.answer_one()
+
+
+class _Server:
+    """Answers one call after the other."""
+
+    def __init__(self, pipe: socket.socket) -> None:
+        self._pipe = pipe
+        self._reader = pipe.makefile("rb", 2**16)
+        shared = _receive_journal(pipe)
+        self._outlives = shared is not None
+        self._journal = shared or mmap.mmap(-1, JOURNAL_SIZE)
+        state = memoryview(self._journal)
+        self._begun_at, self._begun = state[:8].cast("d"), state[24:32].cast("Q")
+        self._serial = 0
+        self._busy = self._ending = False
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        with suppress(Exception):  # a worker that is killed shall not take its output along
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        pipe.set_inheritable(False)  # a program that outlives this worker must not hold it open
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._leave)
+
+    def answer_one(self) -> None:
+        """Wait for a call, and answer it."""
+        self._busy = False
+        if self._ending:
+            raise SystemExit(128 + signal.SIGTERM)
+        _, size = HEADER.unpack(self._receive(HEADER.size))
+        request = self._receive(size)
+        self._busy = True
+        self._serial += 1
+        self._turn_over(0)
+        try:
+            call = pickle.loads(request)  # noqa: S301 -- comes from our own process
+        except BaseException as error:  # noqa: BLE001 -- unpickling runs any code
+            self.send(UNREAD, _describe(error, UNREADABLE))
+        else:
+            del request
+            self._handle(*call)
+
+    def _handle(
+        self,
+        fn: Callable[..., Any],
+        items: list[Any],
+        kwargs: dict[str, Any] | None,
+        apart: bool,
+        limited: bool,
+    ) -> None:
+        """Answer each item; the time between two tiny ones is what this loop costs."""
+        journal, begun_at, begun = self._journal, self._begun_at, self._begun
+        keep_until = len(items) if self._outlives else 0
+        kept = list[Any]()
+        for number, item in enumerate(items, 1):
+            if limited:
+                begun_at[0] = monotonic()
+            begun[0] = number
+            try:
+                if kwargs is None:
+                    result = fn(_open(item) if apart else item)
+                else:
+                    result = fn(*item, **kwargs)
+                if type(result) not in PLAIN:
+                    result = _pickle_result(fn, result)
+            except BaseException as error:  # noqa: BLE001 -- SystemExit is an answer, too
+                self._send_kept(kept)
+                self.send(ERROR, _describe(error))
+            else:
+                kept.append(result)
+                if number < keep_until and not self._ending:
+                    try:
+                        journal.write(marshal.dumps(result, QUICK))
+                    except ValueError:  # it is full
+                        pass
+                    else:
+                        continue
+                result = None  # not kept while the next item is handled
+                self._send_kept(kept)
+            if self._ending:
+                return
+            self._turn_over(number)
+
+    def _send_kept(self, kept: list[Any]) -> None:
+        if len(kept) == 1 and isinstance(kept[0], bytes):
+            self.send(RESULT, kept[0])
+        elif kept:
+            self.send(MANY, dump(kept))
+        kept.clear()
+
+    def _turn_over(self, sent: int) -> None:
+        """Begin a new page of the journal."""
+        self._journal.seek(STATE.size)
+        STATE.pack_into(self._journal, 0, monotonic(), self._serial, sent, sent)
+
+    def send(self, kind: bytes, body: bytes = b"") -> None:
+        """Send a message to the parent."""
+        self._pipe.sendall(frame(kind, body))
+
+    def _receive(self, size: int) -> bytes:
+        data: bytes = self._reader.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._ending = True  # after this item
+        if not self._busy:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _leave(self) -> None:
+        self._ending = True  # the child of a fork has no part in what its parent does
+        self._reader.close()
+        self._pipe.close()
+
+
+def _receive_journal(pipe: socket.socket) -> mmap.mmap | None:
+    if not hasattr(socket, "recv_fds"):
+        pipe.recv(1)
+        return None
+    _, memories, *_ = socket.recv_fds(pipe, 1, 1)
+    for memory in memories:
+        journal = mmap.mmap(memory, JOURNAL_SIZE)
+        os.close(memory)
+        return journal
+    return None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+UNREADABLE = "the call cannot be unpickled"
+
+
+class _TravelError(Exception):
+    """What was to travel could not; its cause tells why."""
+
+
+def _open(item: bytes | str) -> Any:
+    if isinstance(item, str):
+        raise TypeError(item)  # the parent could not pickle it
+    try:
+        return pickle.loads(item)  # noqa: S301 -- comes from our own process
+    except BaseException as error:
+        raise _TravelError(UNREADABLE) from error
+
+
+def _pickle_result(fn: Callable[..., Any], result: object) -> bytes:
+    try:
+        return dump(result)
+    except BaseException as error:
+        raise _TravelError(f"the result of {name_of(fn)} cannot be pickled") from error
+
+
+def _describe(error: BaseException, what: str = "") -> bytes:
+    """Describe an exception in a form that always arrives."""
+    if isinstance(error, _TravelError) and error.__cause__ is not None:
+        error, what = error.__cause__, str(error)
+    if error.__traceback__ is not None:
+        error.__traceback__ = error.__traceback__.tb_next  # without our own frame
+    text = "".join(traceback.format_exception(error))
+    pickled = b""
+    if not what:
+        with suppress(BaseException):  # pickling runs any code
+            pickled = dump(error)
+    return dump((f"{what}: {summary(error)}" if what else summary(error), text, pickled))
