@@ -449,11 +449,11 @@ class ProcessPool:
             self._restarts += again and not worker.dismissed
             events = self._on_exit(worker, exitcode)
             if not worker.dismissed and not worker.killed:
-                events.insert(0, ("worker_crashed", {"exitcode": exitcode}))
+                events.insert(0, ("process_pool.worker_crashed", {"exitcode": exitcode}))
             self._dispatch()
             if self.on_event is not None:
                 for kind, data in events:
-                    notify(self.on_event, f"process_pool.{kind}", **data)
+                    notify(self.on_event, kind, **data)
 
     def _on_message(self, worker: _Worker, kind: bytes, body: bytes | bytearray) -> None:
         job = worker.job
@@ -528,8 +528,8 @@ class ProcessPool:
             return []
         if job.losses < self._max_deliveries:
             self._redelivered += 1
-            return [("redelivered", {"item": item})]
-        event = ("gave_up", {"item": item, "deliveries": job.losses})
+            return [("process_pool.redelivered", {"item": item})]
+        event = ("process_pool.gave_up", {"item": item, "deliveries": job.losses})
         self._poisoned += 1
         message = f"a worker process {_tell_end(exitcode)} while it ran {what}"
         job.give_up(WorkerCrashed(message, exitcode=exitcode, item=item))
