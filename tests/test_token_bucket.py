@@ -406,6 +406,60 @@ async def test_thousands_who_join_with_a_timeout_do_not_look_at_each_other(kind)
     assert await join(1e6) < 10 * await join(None)
 
 
+async def foretold(bucket, n=3):
+    """Return the wait that a refusal foretells, to the microsecond."""
+    with pytest.raises(RateLimitExceeded) as caught:
+        await ask(bucket, n, 0)
+    return round(caught.value.retry_after, 6)
+
+
+async def test_what_was_foretold_before_does_not_count_when_calls_start_later():
+    """A strict bucket foretells from what has happened, not from what was to be expected."""
+    bucket = TokenBucket.strict(limit=1, per=1)
+    loop = asyncio.get_running_loop()
+    await bucket.acquire()
+    assert await foretold(bucket, 1) == 1.0
+    await asyncio.sleep(1.5)
+    await bucket.acquire()
+    assert await foretold(bucket, 1) == 1.0
+
+    told = []
+
+    async def hold_up():
+        await asyncio.sleep(1)
+        told.append(await foretold(bucket, 1))  # granted a moment ago, and not yet started
+        loop.now += 0.4
+
+    holding = asyncio.create_task(hold_up())  # sleeps first, so goes on first
+    await asyncio.sleep(0)
+    await bucket.acquire()
+    told.append(await foretold(bucket, 1))
+    await asyncio.sleep(0.5)
+    told.append(await foretold(bucket, 1))
+    assert told == [1.0, 1.0, 0.5]
+
+    waiting = asyncio.create_task(bucket.acquire(timeout=1))
+    await asyncio.sleep(0)
+    assert await foretold(bucket, 1) == 1.5
+    loop.now += 1.3  # its timer is late
+    await waiting
+    assert await foretold(bucket, 1) == 1.0
+    await holding
+
+
+def test_what_was_foretold_on_another_loop_does_not_count():
+    """Each loop begins with a plan of its own."""
+    bucket = TokenBucket.strict(limit=1, per=1)
+
+    async def spend(after):
+        await asyncio.sleep(after)
+        if after:
+            await bucket.acquire()
+        return await foretold(bucket, 1)
+
+    assert [run_virtual(spend(100)), run_virtual(spend(0))] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None)
 @given(
@@ -419,11 +473,6 @@ async def test_thousands_who_join_with_a_timeout_do_not_look_at_each_other(kind)
 )
 def test_the_wait_that_a_refusal_foretells_is_the_wait_that_it_takes(kind, actions):
     """Whatever happened before, and however often it was asked."""
-
-    async def foretold(bucket):
-        with pytest.raises(RateLimitExceeded) as caught:
-            await ask(bucket, 3, 0)
-        return caught.value.retry_after
 
     async def run():
         bucket = KINDS[kind]()
@@ -446,8 +495,8 @@ def test_the_wait_that_a_refusal_foretells_is_the_wait_that_it_takes(kind, actio
         await asyncio.sleep(0)
         wait = await foretold(bucket)
         start = loop.time()
-        await ask(bucket, 3, wait)
-        assert loop.time() - start == pytest.approx(wait)
+        await ask(bucket, 3, wait + 1e-6)
+        assert loop.time() - start == pytest.approx(wait, abs=1e-6)
         await asyncio.wait([last, *joined])
 
     run_virtual(run())

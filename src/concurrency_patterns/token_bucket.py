@@ -477,7 +477,6 @@ class _Line(Generic[Cost]):
     def leave(self, waiter: _Waiter[Cost]) -> None:
         """Stand in line no longer."""
         self.waiters.remove(waiter)
-        self._plan = None
 
     def due(self, n: Cost, now: float) -> float:
         """Return when a call that joins the line now can be served."""
@@ -531,7 +530,6 @@ class _Line(Generic[Cost]):
 
     def serve(self) -> None:
         """Grant what can be granted, in order, and set the timer for the next in line."""
-        self._plan = None
         self._serve(get_running_loop().time(), 0.0)
 
     def _ring(self, due: float) -> None:
@@ -544,6 +542,7 @@ class _Line(Generic[Cost]):
         self._serve(max(now, due), min(max(0.0, now - due), LATE))
 
     def _serve(self, now: float, late: float) -> None:
+        self._plan = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
