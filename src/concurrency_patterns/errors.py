@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import sys
+import time
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -197,6 +198,12 @@ def check_loop(owner: object, bound: asyncio.AbstractEventLoop | None) -> asynci
         name = type(owner).__name__
         raise RuntimeError(f"this {name} is in use on another event loop; make one for each loop")
     return loop
+
+
+def clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
+    """Return the clock of a loop; for asyncio's own loops what they read, which is much faster."""
+    own = getattr(loop.time, "__func__", None) is asyncio.BaseEventLoop.time
+    return time.monotonic if own else loop.time
 
 
 def check_thread(owner: object, bound: asyncio.AbstractEventLoop | None) -> None:

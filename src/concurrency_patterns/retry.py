@@ -28,6 +28,7 @@ from .errors import (
     check_count,
     check_positive,
     check_seconds,
+    clock_of,
     comes_of_cancellation,
     notify,
 )
@@ -371,7 +372,7 @@ class Retry:
                         result = await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
                     except Exception as error:
                         if run is None:
-                            clock = _clock()
+                            clock = clock_of(asyncio.get_running_loop())
                             run = _Run(self, clock(), task, cancelling, began_late=True)
                         wait = run.after_error(error, clock())
                         if wait is None:
@@ -952,15 +953,6 @@ def _refuse_awaitable(fn: object, result: object) -> None:
         if inspect.iscoroutine(result):
             result.close()
         raise TypeError(f"{fn!r} is no async def but returned an awaitable; use call() for it")
-
-
-_loop_time = asyncio.BaseEventLoop.time
-
-
-def _clock() -> Callable[[], float]:
-    """Return the clock of the running loop: what it calls itself, if it is asyncio's own."""
-    own = asyncio.get_running_loop().time
-    return time.monotonic if getattr(own, "__func__", None) is _loop_time else own
 
 
 @types.coroutine

@@ -18,6 +18,7 @@ from .errors import (
     check_loop,
     check_positive,
     check_seconds,
+    clock_of,
     notify,
 )
 from .timeout import remaining
@@ -156,14 +157,13 @@ class TokenBucket:
             RateLimitExceeded: If the wait would be too long; its ``retry_after`` tells after how
                 many seconds the tokens will be there.
         """
-        loop = get_running_loop()
-        if loop is not self._loop:
+        if get_running_loop() is not self._loop:
             self._bind()
         if n is not ONE:
             self._check(n)
         if timeout is not None:
             check_seconds("timeout", timeout)
-        line, level, now = self._line, self._level, loop.time()
+        line, level, now = self._line, self._level, self._clock()
         if level.full_at <= now and not line.waiters:
             # As line.take() does, written out: most calls find a full bucket, and it would double
             # their time. For the same reason the loop is got without looking into asyncio.
@@ -187,12 +187,11 @@ class TokenBucket:
         Raises:
             ValueError: If ``n`` is below 1 or above the capacity.
         """
-        loop = get_running_loop()
-        if loop is not self._loop:
+        if get_running_loop() is not self._loop:
             self._bind()
         if n is not ONE:
             self._check(n)
-        line, level, now = self._line, self._level, loop.time()
+        line, level, now = self._line, self._level, self._clock()
         if level.full_at <= now and not line.waiters:  # as in acquire()
             level.full_at = now + n * level.interval
             line.granted += 1
@@ -304,6 +303,7 @@ class TokenBucket:
         loop = check_loop(self, self._loop)
         if loop is not self._loop:
             self._loop = loop
+            self._clock = clock_of(loop)
             self._line.begin()
             self._level.on_clock_changed(loop.time())
         return loop
