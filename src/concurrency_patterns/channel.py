@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+from asyncio import get_running_loop
 from collections import deque
 from collections.abc import AsyncIterable
 from contextlib import aclosing, nullcontext
@@ -146,11 +147,12 @@ class Channel(Generic[T]):
             ChannelClosed: If the channel is closed, before or while this call waits.
             QueueFull: If it is full and ``overflow`` is ``"reject"``.
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
         buffer = self._buffer
-        if len(buffer) >= self._room:
+        held = len(buffer)
+        if held >= self._room:
             if self._closed:
                 raise ChannelClosed(self._closed)
             if self._overflow != "wait":
@@ -166,12 +168,13 @@ class Channel(Generic[T]):
             self._room += 1  # the promise is kept
             if self._closed:
                 raise ChannelClosed(self._closed)
+            held = len(buffer)
         # As _put() does, written out: the call would add a twentieth to the time of an item.
         buffer.append(item)
         self._sent += 1
         if self._receivers:
             self._offer_item()
-        elif len(buffer) > self._peak:
+        elif held >= self._peak:
             self._note_peak()
 
     def send_nowait(self, item: T) -> None:
@@ -202,7 +205,7 @@ class Channel(Generic[T]):
         Raises:
             ChannelClosed: If the channel is closed and empty.
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
         buffer = self._buffer
@@ -402,7 +405,7 @@ class Channel(Generic[T]):
 
     async def _gather_item(self, *, first: bool) -> None:
         """Have an item promised to the caller, the ``first`` of a batch or one more."""
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
         if len(self._buffer) > self._promised:
