@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from .errors import (
     check_loop,
     check_seconds,
     check_thread,
+    decorate,
     notify,
 )
 
@@ -275,14 +274,7 @@ class ConcurrencyLimiter:
 
     def __call__(self, fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         """Decorate an ``async def`` so that each of its calls holds a slot."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-            return await self.call(fn, *args, **kwargs)
-
-        return limited
+        return decorate(self.call, fn)
 
     def resize(self, limit: int) -> None:
         """Change the number of slots, at once.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import logging
 import math
 import sys
 import time
 import traceback
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
 __all__ = [
     "ChannelClosed",
@@ -28,6 +30,9 @@ __all__ = [
     "RemoteError",
     "WorkerCrashed",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # How far to look back from an exception to those before it; a chain may be a circle.
 CHAIN = 100
@@ -288,6 +293,21 @@ def _was_raised_for_cancellation(error: BaseException) -> bool:
             return False
         earlier = earlier.__context__
     return False
+
+
+def decorate(
+    call: Callable[..., Coroutine[Any, Any, Any]], fn: Callable[P, Awaitable[T]]
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Return ``fn``, an ``async def``, with each call of it made by a policy's ``call``."""
+    if not inspect.iscoroutinefunction(fn):
+        raise TypeError(f"fn must be an async function, got {fn!r}")
+
+    @functools.wraps(fn)
+    async def decorated(*args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = await call(fn, *args, **kwargs)
+        return result
+
+    return decorated
 
 
 def notify(

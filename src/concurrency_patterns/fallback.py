@@ -25,6 +25,7 @@ from .errors import (
     check_positive,
     check_seconds,
     comes_of_cancellation,
+    decorate,
     notify,
 )
 from .timeout import move_on_after, without_deadline
@@ -233,7 +234,7 @@ class Fallback:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that the alternatives answer when it fails."""
-        return _decorate(self, fn)
+        return decorate(self.call, fn)
 
     def statistics(self) -> FallbackStatistics:
         """Return where the answers came from so far."""
@@ -448,7 +449,7 @@ class StaleCache:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that its answers are kept."""
-        return _decorate(self, fn)
+        return decorate(self.call, fn)
 
     def clear(self) -> None:
         """Forget all answers; one that is being fetched reaches its callers, but is not kept."""
@@ -714,7 +715,7 @@ class Hedge:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that it is called once more if it takes long."""
-        return _decorate(self, fn)
+        return decorate(self.call, fn)
 
     def statistics(self) -> HedgeStatistics:
         """Return how many calls were hedged, and whether that helped."""
@@ -839,25 +840,6 @@ class _Latencies:
     def at(self, percentile: float) -> float:
         """Return the latency at the nearest rank."""
         return self._by_size[math.ceil(percentile * len(self._by_size) - 1e-9) - 1]
-
-
-class _Policy(Protocol):
-    async def call(
-        self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T: ...
-
-
-def _decorate(
-    policy: _Policy, fn: Callable[P, Awaitable[T]]
-) -> Callable[P, Coroutine[Any, Any, T]]:
-    if not inspect.iscoroutinefunction(fn):
-        raise TypeError(f"fn must be an async function, got {fn!r}")
-
-    @functools.wraps(fn)
-    async def decorated(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await policy.call(fn, *args, **kwargs)
-
-    return decorated
 
 
 def _exceptions(on: type[Exception] | tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Self, TypeVar
 
-from .errors import LocalRejection, check_count, check_positive, notify, tell
+from .errors import LocalRejection, check_count, check_positive, decorate, notify, tell
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -267,14 +267,7 @@ class Measured:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that each of its calls is measured."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def measured(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return measured
+        return decorate(self.call, fn)
 
     def statistics(self) -> MeasuredStatistics:
         """Return how the calls ended, and how long they took together."""

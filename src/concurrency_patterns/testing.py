@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import inspect
 import math
@@ -27,7 +26,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from unittest import mock
 
-from .errors import check_seconds
+from .errors import check_seconds, decorate
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -452,14 +451,7 @@ class Chaos:
 
     def __call__(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate an ``async def`` so that a share of its calls goes wrong."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def unreliable(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await self.call(fn, *args, **kwargs)
-
-        return unreliable
+        return decorate(self.call, fn)
 
     def statistics(self) -> ChaosStatistics:
         """Return what has been done so far."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
-import inspect
 import math
 from asyncio import get_running_loop
 from collections import deque
@@ -19,6 +17,7 @@ from .errors import (
     check_positive,
     check_seconds,
     clock_of,
+    decorate,
     notify,
 )
 from .timeout import remaining
@@ -258,14 +257,7 @@ class TokenBucket:
 
     def __call__(self, fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         """Decorate an ``async def`` so that each of its calls takes one token first."""
-        if not inspect.iscoroutinefunction(fn):
-            raise TypeError(f"fn must be an async function, got {fn!r}")
-
-        @functools.wraps(fn)
-        async def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-            return await self.call(fn, *args, **kwargs)
-
-        return limited
+        return decorate(self.call, fn)
 
     def statistics(self) -> TokenBucketStatistics:
         """Return what the bucket holds and has done; needs a running event loop for its clock."""
