@@ -447,6 +447,27 @@ async def test_what_was_foretold_before_does_not_count_when_calls_start_later():
     await holding
 
 
+async def test_what_was_foretold_between_grant_and_start_does_not_count():
+    """A plan from before a call started, late, does not outlive its start."""
+    bucket = TokenBucket.strict(limit=1, per=1)
+    loop = asyncio.get_running_loop()
+    told = []
+
+    async def hold_up():
+        await asyncio.sleep(1)
+        told.append(await foretold(bucket, 1))  # the first in line is granted, and not started
+        loop.now += 0.4
+
+    holding = asyncio.create_task(hold_up())  # sleeps first, so goes on first
+    await asyncio.sleep(0)
+    await bucket.acquire()
+    waiting = [asyncio.create_task(bucket.acquire()) for _ in range(2)]
+    await asyncio.sleep(1.9)
+    told.append(await foretold(bucket, 1))
+    assert told == [2.0, 1.5]
+    await asyncio.gather(holding, *waiting)
+
+
 def test_what_was_foretold_on_another_loop_does_not_count():
     """Each loop begins with a plan of its own."""
     bucket = TokenBucket.strict(limit=1, per=1)
