@@ -1171,7 +1171,7 @@ def test_repr_tells_what_is_not_default() -> None:
     )
     assert repr(retry) == (
         "Retry(on=(OSError, ValueError), attempts=5, backoff=Fixed(delay=1), never=flaky, "
-        "max_elapsed=60, budget=RetryBudget(ratio=0.1, min_per_second=1.0, window=10.0))"
+        "max_elapsed=60, budget=RetryBudget(ratio=0.1))"
     )
     assert compose(retry).describe() == [repr(retry)]
 

@@ -115,7 +115,9 @@ def standard(
         raise ValueError(f"deadline must be at least timeout ({timeout!r}), got {deadline!r}")
     if on == ():
         raise ValueError(f"on must name at least one exception type, got {on!r}")
-    failures = (*(on if isinstance(on, tuple) else (on,)), TimeoutError)
+    failures = on if isinstance(on, tuple) else (on,)
+    if not any(issubclass(TimeoutError, kind) for kind in failures):
+        failures = (*failures, TimeoutError)
     policies: list[Policy] = []
     if alternatives:
         policies.append(Fallback(*alternatives, on=(*failures, LocalRejection)))

@@ -301,12 +301,7 @@ class Retry:
         self._out_of_budget = 0
 
     def __repr__(self) -> str:
-        changed = (
-            f"{option.name}={_named(value)}"
-            for option in inspect.signature(Retry).parameters.values()
-            if (value := getattr(self, option.name)) != option.default
-        )
-        return f"Retry({', '.join(changed)})"
+        return _told(self)
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn`` until it succeeds or there is a reason to give up.
@@ -834,10 +829,7 @@ class RetryBudget:
         self._refused = 0
 
     def __repr__(self) -> str:
-        return (
-            f"RetryBudget(ratio={self.ratio!r}, min_per_second={self.min_per_second!r}, "
-            f"window={self.window!r})"
-        )
+        return _told(self)
 
     def deposit(self, now: float) -> None:
         """Count a call; it pays for a part of a retry.
@@ -888,6 +880,16 @@ class RetryBudget:
         if not slices or slices[-1][0] != number:
             slices.append([number, 0, 0])
         return slices[-1]
+
+
+def _told(policy: object) -> str:
+    """Tell the arguments that differ from their defaults."""
+    changed = (
+        f"{option.name}={_named(value)}"
+        for option in inspect.signature(type(policy)).parameters.values()
+        if (value := getattr(policy, option.name)) != option.default
+    )
+    return f"{type(policy).__name__}({', '.join(changed)})"
 
 
 def _named(value: object) -> str:
