@@ -620,7 +620,7 @@ async def test_outside_of_the_block_calls_are_refused():
         with pytest.raises(RuntimeError, match="running already"):
             await pool.__aenter__()
     with pytest.raises(PoolClosed):
-        await anext(pool.map(work.double, [1]))
+        pool.map(work.double, [1])
 
 
 async def test_bad_arguments_are_refused():
@@ -637,7 +637,7 @@ async def test_bad_arguments_are_refused():
         with pytest.raises(TypeError, match="fn must be a plain function"):
             await pool.submit(work.coroutine_function)
         with pytest.raises(ValueError, match="buffer must be at least 0, got -1"):
-            await anext(pool.map(work.double, [1], buffer=-1))
+            pool.map(work.double, [1], buffer=-1)
 
 
 async def test_statistics_count_what_happens():
@@ -1185,6 +1185,6 @@ async def test_bad_options_are_refused():
         ProcessPool(1, initializer=3)
     async with ProcessPool(1) as pool:
         with pytest.raises(ValueError, match="chunksize must be at least 1, got 0"):
-            await anext(pool.map(work.double, [1], chunksize=0))
+            pool.map(work.double, [1], chunksize=0)
         with pytest.raises(ValueError, match="timeout must be above 0, got -1"):
-            await anext(pool.map(work.double, [1], timeout=-1))
+            pool.map(work.double, [1], timeout=-1)

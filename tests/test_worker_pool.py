@@ -911,3 +911,23 @@ async def test_a_pool_with_a_concurrency_limiter_shares_its_slots():
             assert most == 0
         await asyncio.gather(*handles)
     assert most == 1
+
+
+async def test_bad_arguments_are_refused_before_anything_is_read():
+    """A map refuses them when it is made, not when it is first iterated; so does a submission."""
+    source = iter(range(3))
+    async with WorkerPool(workers=1) as pool:
+        with pytest.raises(ValueError, match=r"^on_error must be"):
+            pool.map(double, source, on_error="ignore")
+        with pytest.raises(TypeError, match=r"^fn must be"):
+            pool.map(None, source)
+        with pytest.raises(TypeError, match=r"^fn must be"):
+            await pool.submit(None)
+        with pytest.raises(TypeError, match=r"^fn must be"):
+            pool.submit_nowait(None)
+        with pytest.raises(TypeError, match=r"^fn must be"):
+            await bounded_map(None, source, limit=1)
+        assert pool.statistics().queued == 0
+    with pytest.raises(PoolClosed):
+        pool.map(double, source)
+    assert next(source) == 0

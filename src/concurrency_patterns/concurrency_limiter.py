@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import get_running_loop
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -141,16 +142,16 @@ class ConcurrencyLimiter:
                 ``"queue"``), the slots did not become free within ``max_wait`` (``"wait"``), or
                 the limiter is closed (``"closed"``).
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
         if weight is not _ONE:
             self._check(weight)
-        if self._in_use + weight <= self._limit and not self._waiters and not self._closed:
+        in_use = self._in_use + weight
+        if in_use <= self._limit and not self._waiters and not self._closed:
             # As _take() does, written out: the call would add a tenth.
-            self._in_use += weight
-            if self._in_use > self._peak:  # noqa: PLR1730 -- max() adds a tenth, too
-                self._peak = self._in_use
+            self._in_use = in_use
+            self._peak = max(self._peak, in_use)
             if self._timed:
                 self._begin_run(weight)
             return
@@ -189,7 +190,7 @@ class ConcurrencyLimiter:
         Raises:
             ValueError: If ``weight`` is below 1 or above the limit.
         """
-        if asyncio.get_running_loop() is not self._loop:
+        if get_running_loop() is not self._loop:
             self._bind()
         if weight is not _ONE:
             self._check(weight)
@@ -299,7 +300,7 @@ class ConcurrencyLimiter:
 
     async def drain(self) -> None:
         """Wait until no slot is in use and nobody waits."""
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         if loop is not self._loop:
             self._bind()
         while self._in_use:  # who waits does so for slots in use
@@ -388,7 +389,7 @@ class ConcurrencyLimiter:
     def _set_timer(self) -> None:
         """Wait for the first in line: all may wait equally long, so they expire in their order."""
         due = self._due(self._waiters[0])
-        self._timer = asyncio.get_running_loop().call_at(due, self._expire, due)
+        self._timer = get_running_loop().call_at(due, self._expire, due)
 
     def _due(self, entry: _Waiter) -> float:
         return cast("float", entry[2]) + cast("float", self._max_wait)

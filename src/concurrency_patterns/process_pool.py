@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import functools
 import inspect
 import io
 import marshal
@@ -274,7 +275,7 @@ class ProcessPool:
         return_exceptions: bool,
     ) -> AsyncIterator[R | Exception]: ...
 
-    async def map(
+    def map(
         self,
         fn: Callable[[T], R],
         source: Iterable[T] | AsyncIterable[T],
@@ -282,7 +283,7 @@ class ProcessPool:
         ordered: bool = True,
         buffer: int | None = None,
         chunksize: int | None = 1,
-        timeout: float | None = None,  # noqa: ASYNC109 -- the worker's limit, not the caller's
+        timeout: float | None = None,
         return_exceptions: bool = False,
     ) -> AsyncIterator[R | Exception]:
         """Call a function with each item of a source, in all workers, and yield the results.
@@ -312,6 +313,7 @@ class ProcessPool:
             WorkerCrashed: As for :meth:`submit`; any other exception of ``submit`` too.
         """
         _check_function("fn", fn)
+        self._check_open()
         if buffer is None:
             buffer = 3 * self._size
         check_count("buffer", buffer, least=0)
@@ -321,13 +323,20 @@ class ProcessPool:
             check_positive("timeout", timeout)
         limit = self._task_timeout if timeout is None else timeout
         pace = _Pace(chunksize or 1, fixed=chunksize is not None)
-        reading = _Reading(
+        begin = functools.partial(
+            _Reading,
             source,
             pace,
             lambda batch: self._enqueue(fn, batch, None, limit, pace),
             most=self._size + buffer,
             ordered=ordered,
         )
+        return self._results(begin, return_exceptions=return_exceptions)
+
+    async def _results(
+        self, begin: Callable[[], _Reading], *, return_exceptions: bool
+    ) -> AsyncIterator[Any]:
+        reading = begin()
         try:
             while (outcomes := await reading.take()) is not None:
                 for outcome in outcomes:
@@ -354,6 +363,10 @@ class ProcessPool:
             recycled=self._recycled,
         )
 
+    def _check_open(self) -> None:
+        if not self._open:
+            raise PoolClosed("submit and map need a pool that runs: use it inside of `async with`")
+
     def _enqueue(
         self,
         fn: Callable[..., Any],
@@ -362,8 +375,7 @@ class ProcessPool:
         limit: float | None,
         pace: _Pace | None = None,
     ) -> asyncio.Future[list[Any]]:
-        if not self._open:
-            raise PoolClosed("submit and map need a pool that runs: use it inside of `async with`")
+        self._check_open()
         loop = check_loop(self, self._loop)
         job = _Job(loop.create_future(), fn, items, kwargs, limit, pace)
         job.pack()

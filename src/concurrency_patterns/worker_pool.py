@@ -252,7 +252,7 @@ class WorkerPool:
         self._check_open()
         return Submitter(self, level)
 
-    async def map(
+    def map(
         self,
         fn: Callable[[T], Awaitable[R]],
         source: Iterable[T] | AsyncIterable[T],
@@ -285,8 +285,12 @@ class WorkerPool:
         """
         if on_error not in {"raise", "return", "skip"}:
             raise ValueError(f"on_error must be 'raise', 'return' or 'skip', got {on_error!r}")
+        _check_function(fn)
         self._check_open()
-        reading = _Map(self, fn, source, ordered=ordered)
+        return self._results(functools.partial(_Map, self, fn, source, ordered=ordered), on_error)
+
+    async def _results(self, begin: Callable[[], _Map], on_error: str) -> AsyncIterator[Any]:
+        reading = begin()
         self._maps.add(reading)
         try:
             while True:
@@ -300,7 +304,7 @@ class WorkerPool:
                 elif on_error == "raise" or not isinstance(item.error, Exception):
                     raise item.error
                 elif on_error == "return":
-                    yield cast("R", item.error)
+                    yield item.error
             if reading.failure is not None:
                 raise reading.failure  # of the source: it comes behind what the source gave
         finally:
@@ -332,6 +336,7 @@ class WorkerPool:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> asyncio.Task[R]:
+        _check_function(fn)
         self._check_open()
         await self._queue.take()
         if not self._open:
@@ -346,6 +351,7 @@ class WorkerPool:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> asyncio.Task[R]:
+        _check_function(fn)
         self._check_open()
         if not self._queue.try_take():
             notify(self.on_event, "worker_pool.rejected")
@@ -414,6 +420,11 @@ class WorkerPool:
     def _tell_ended(self, outcome: Outcome, times: _Times) -> None:
         told = times.at_end()
         notify(self.on_event, "worker_pool.task_ended", outcome=outcome, **told)
+
+
+def _check_function(fn: object) -> None:
+    if not callable(fn):
+        raise TypeError(f"fn must be an async function, got {fn!r}")
 
 
 class Submitter:
@@ -724,6 +735,7 @@ async def bounded_map(
         Exception: The first error that ``fn`` or the source raises; everything else is cancelled
             before it is raised.
     """
+    _check_function(fn)
     check_count("limit", limit)
     results: list[R] = []
 
