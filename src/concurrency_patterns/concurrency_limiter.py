@@ -241,7 +241,10 @@ class ConcurrencyLimiter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.release()
+        if self._waiters or self._timed or self._emptied is not None or self._in_use < 1:
+            self.release()
+        else:
+            self._in_use -= 1  # as release() does, written out: the call would add a tenth
 
     @asynccontextmanager
     async def slots(self, weight: int) -> AsyncIterator[None]:

@@ -501,7 +501,7 @@ def retry_report(error: BaseException) -> RetryReport | None:
     return RetryReport(reason, tuple(attempts), elapsed)
 
 
-_NO_LIMIT = (math.inf, GaveUp.ELAPSED)
+NO_LIMIT = math.inf
 _NONE_YET: Any = object()  # the wait before the first one is drawn
 
 
@@ -611,13 +611,15 @@ class _Run:
         if self._delays is None:
             self._delays = iter(policy.backoff)
             self._limited = policy.max_elapsed is not None or remaining() is not None
-        left, limit = self._time_left(now) if self._limited else _NO_LIMIT
-        if left <= 0:
-            return self._give_up(limit, error, now)
+        left, limit = NO_LIMIT, GaveUp.ELAPSED
+        if self._limited:
+            left, limit = self._time_left(now)
+            if left <= 0:
+                return self._give_up(limit, error, now)
         if len(self._attempts) + 1 >= policy.attempts:
             return self._give_up(GaveUp.ATTEMPTS, error, now)
         self._wait = wait = next(self._delays, self._wait)
-        if type(wait) is not float or not 0.0 <= wait < math.inf:
+        if type(wait) is not float or not 0.0 <= wait < NO_LIMIT:
             _check_wait(wait)
         sent = True
         try:  # at little cost, as this is done for each failure
@@ -629,7 +631,7 @@ class _Run:
             refusals = [isinstance(leaf, LocalRejection) for leaf in leaves]
             sent = not all(refusals)
             wait = max(wait, *(self._wait_asked_for(leaf) for leaf in leaves))
-            if any(refusals) and (wait >= left or left == math.inf):
+            if any(refusals) and (wait >= left or left == NO_LIMIT):
                 return self._give_up(GaveUp.REJECTED, error, now)
         if wait >= left:
             return self._give_up(limit, error, now)
