@@ -23,7 +23,9 @@ from concurrency_patterns.errors import (
     check_count,
     check_positive,
     check_seconds,
+    clock_of,
     comes_of_cancellation,
+    decorate,
     notify,
 )
 
@@ -178,3 +180,33 @@ async def test_what_comes_of_a_cancellation_is_known_by_its_context():
 def test_without_a_task_nothing_comes_of_a_cancellation():
     """In plain code nothing is cancelled."""
     assert not comes_of_cancellation(asyncio.CancelledError())
+
+
+async def test_the_clock_of_a_loop_shows_the_time_of_the_loop():
+    """Another loop's own clock is asked; asyncio's is read as asyncio reads it."""
+    virtual = asyncio.get_running_loop()
+    assert clock_of(virtual)() == virtual.time()
+
+    async def on_asyncios_own():
+        loop = asyncio.get_running_loop()
+        before, now, after = loop.time(), clock_of(loop)(), loop.time()
+        assert before <= now <= after
+
+    await asyncio.to_thread(asyncio.run, on_asyncios_own())
+
+
+async def test_only_an_async_function_is_decorated():
+    """A plain function is refused; each call of an async one goes through the policy."""
+
+    async def call(fn, *args):
+        return ["policy", await fn(*args)]
+
+    async def echo(word):
+        return word
+
+    with pytest.raises(
+        TypeError, match="fn must be an async function, got <built-in function len>"
+    ):
+        decorate(call, len)
+    decorated = decorate(call, echo)
+    assert (decorated.__name__, await decorated("hello")) == ("echo", ["policy", "hello"])
