@@ -1,4 +1,4 @@
-"""What the patterns raise, and the checks that refuse a bad argument at once."""
+"""The foundation of all patterns: what they raise, and the few functions that they share."""
 
 from __future__ import annotations
 
