@@ -164,7 +164,7 @@ class Drawn(SphinxDirective):
 
     def draw(self, what: str, results: dict[str, Any]) -> list[nodes.Node]:
         """Draw it."""
-        raise NotImplementedError
+        raise NotImplementedError  # what is drawn depends on the file
 
     def say(self, text: str) -> str:
         """Return a word in the language of the page; what was not translated as it is."""

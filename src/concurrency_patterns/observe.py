@@ -654,7 +654,7 @@ class PrometheusListener:
             raise ValueError(_BAD_PREFIX.format(prefix))
         try:
             import prometheus_client  # noqa: PLC0415 -- optional
-            from prometheus_client import core  # noqa: PLC0415
+            from prometheus_client import core  # noqa: PLC0415 -- optional
         except ImportError as error:
             raise _missing("prometheus-client", "prometheus") from error
         where = prometheus_client.REGISTRY if registry is None else registry

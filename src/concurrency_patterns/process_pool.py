@@ -850,7 +850,7 @@ def _restore(body: bytes | bytearray) -> Exception:
     line, text, pickled = pickle.loads(body)  # noqa: S301 -- comes from our own process
     error: Exception = RemoteError(line, traceback=text)
     with suppress(*TROUBLE):
-        original = pickle.loads(pickled)  # noqa: S301
+        original = pickle.loads(pickled)  # noqa: S301 -- comes from our own process
         # A coroutine cannot raise StopIteration; KeyboardInterrupt would end the parent.
         if isinstance(original, Exception) and not isinstance(original, StopIteration):
             error = original

@@ -114,7 +114,7 @@ class _Server:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
         signal.signal(signal.SIGTERM, self._on_sigterm)
         with suppress(Exception):  # a worker that is killed shall not take its output along
-            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or it has none
         threading.Thread(target=_end_with_parent, daemon=True).start()
         pipe.set_inheritable(False)  # a program that outlives this worker must not hold it open
         if hasattr(os, "register_at_fork"):

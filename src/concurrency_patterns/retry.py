@@ -364,7 +364,7 @@ class Retry:
             try:
                 while True:
                     try:  # most succeed at once: nothing is made for them, and no clock is read
-                        result = await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]
+                        result = await (fn(*args, **kwargs) if kwargs else fn(*args))  # type: ignore[call-arg]  # kwargs is empty
                     except Exception as error:
                         if run is None:
                             clock = clock_of(asyncio.get_running_loop())
@@ -396,7 +396,7 @@ class Retry:
             try:
                 while True:
                     try:
-                        result = fn(*args, **kwargs) if kwargs else fn(*args)  # type: ignore[call-arg]
+                        result = fn(*args, **kwargs) if kwargs else fn(*args)  # type: ignore[call-arg]  # kwargs is empty
                     except Exception as error:
                         if run is None:
                             run = _Run(self, start)
@@ -687,7 +687,7 @@ class _Run:
         with contextlib.suppress(AttributeError):  # an exception may be frozen
             error.add_note(note)
             # Without the error itself: that would be a cycle, and keep its frames alive.
-            error.__retry__ = (reason, history, elapsed, self._began_late)  # type: ignore[attr-defined]
+            error.__retry__ = (reason, history, elapsed, self._began_late)  # type: ignore[attr-defined]  # ours
 
 
 class _Attempts:

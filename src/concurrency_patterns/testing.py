@@ -114,7 +114,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def jump(self) -> None:
         """Move the clock to the next timer."""
         # Rounding keeps 0.1 + 0.1 + 0.1 at 0.3; a nanosecond is the clock's resolution anyway.
-        self.now = max(self.now, round(self._scheduled[0].when(), 9))  # type: ignore[attr-defined]
+        self.now = max(self.now, round(self._scheduled[0].when(), 9))  # type: ignore[attr-defined]  # asyncio's own
         # A timer fires when it is due by less than the resolution. After half a year a nanosecond
         # is less than the step between two numbers, and then none would.
         self._clock_resolution = max(RESOLUTION, math.ulp(self.now))
@@ -129,7 +129,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """
         if self.on_step is None and not self._held:
             return False
-        ready = self._ready  # type: ignore[attr-defined]
+        ready = self._ready  # type: ignore[attr-defined]  # asyncio's own
         ready.extendleft(reversed(self._held))
         self._held.clear()
         if self.on_step is not None:
@@ -141,7 +141,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def has_real_work(self) -> bool:
         """Tell whether something outside of the loop could still wake it."""
         own_pipe = 1
-        if self._calls_out or len(self._selector.get_map()) > own_pipe:  # type: ignore[attr-defined]
+        if self._calls_out or len(self._selector.get_map()) > own_pipe:  # type: ignore[attr-defined]  # as above
             return True
         idle = set(executor_threads._threads_queues)
         return bool(set(threading.enumerate()) - self._threads_before - idle)

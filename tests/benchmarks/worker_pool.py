@@ -174,7 +174,7 @@ def bounded(limit: int) -> Case:
     """Make the case of so many at a time."""
 
     def made(make: object, **options: object) -> Maker:
-        return functools.partial(make, limit, **options)  # type: ignore[operator]
+        return functools.partial(make, limit, **options)  # type: ignore[operator]  # makers differ in their options
 
     return Case(
         key=f"limit_{limit}",
