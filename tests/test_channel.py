@@ -86,6 +86,40 @@ async def test_waiting_receivers_are_served_in_order():
     assert got == [("a", 0), ("b", 1), ("c", 2)]
 
 
+async def test_every_receiver_that_waits_lets_a_sender_in():
+    """As many senders go on at once as there are receivers that wait, whatever the capacity."""
+    channel = Channel(1)
+    await channel.send(0)
+    senders = [asyncio.create_task(channel.send(number)) for number in (1, 2, 3)]
+    await asyncio.sleep(0)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(4)]
+    await asyncio.sleep(0)  # the receivers come
+    await asyncio.sleep(0)  # the senders go on
+
+    assert all(sender.done() for sender in senders)
+    assert await asyncio.gather(*receivers) == [0, 1, 2, 3]
+
+
+async def test_a_receiver_that_leaves_takes_its_place_along():
+    """What was let in for a receiver that is cancelled stays, and counts as any other item."""
+    channel = Channel(1)
+    await channel.send(0)
+    senders = [asyncio.create_task(channel.send(number)) for number in (1, 2)]
+    await asyncio.sleep(0)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(3)]
+    await asyncio.sleep(0)
+    for receiver in receivers[1:]:
+        receiver.cancel()
+    await asyncio.wait(senders + receivers)
+
+    assert await receivers[0] == 0
+    with pytest.raises(QueueFull):
+        channel.send_nowait(3)
+    assert [channel.receive_nowait(), channel.receive_nowait()] == [1, 2]
+    channel.send_nowait(3)
+    assert channel.statistics().buffered == 1
+
+
 async def test_nowait_refuses_what_would_wait():
     """The nowait forms raise QueueFull and ChannelEmpty instead of waiting."""
     channel = Channel(1)

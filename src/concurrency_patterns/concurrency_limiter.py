@@ -119,7 +119,7 @@ class ConcurrencyLimiter:
         self._waits = 0
         self._wait_time = 0.0
         self._timed = timed
-        self._wants_time = timed or max_wait is not None
+        self._joins = timed or max_queue is not None or max_wait is not None
         self._runs = 0
         self._run_time = 0.0  # the integral of _in_use over time
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -142,8 +142,7 @@ class ConcurrencyLimiter:
                 ``"queue"``), the slots did not become free within ``max_wait`` (``"wait"``), or
                 the limiter is closed (``"closed"``).
         """
-        loop = get_running_loop()
-        if loop is not self._loop:
+        if get_running_loop() is not self._loop:
             self._bind()
         if weight is not _ONE:
             self._check(weight)
@@ -155,21 +154,14 @@ class ConcurrencyLimiter:
             if self._timed:
                 self._begin_run(weight)
             return
-        if self._closed or self._max_queue is not None:
-            self._refuse_if_overloaded()
-        waiter = loop.create_future()
-        joined = loop.time() if self._wants_time or self.on_event is not None else None
+        joined = self._join() if self._joins or self.on_event is not None else None
+        waiter: asyncio.Future[None] = asyncio.Future()
         entry = (waiter, weight, joined)
         self._waiters.append(entry)
-        if self._timer is None and self._max_wait is not None:
-            self._set_timer()
         try:
             await waiter
         except asyncio.CancelledError:
-            if not waiter.cancelled() and waiter.exception() is None:
-                self.release(weight)  # granted and cancelled in the same step
-            else:
-                self._leave(entry)
+            self._give_up(entry)
             raise
         except ConcurrencyLimitExceeded as refusal:
             notify(self.on_event, "concurrency_limiter.rejected", reason=refusal.reason)
@@ -215,23 +207,9 @@ class ConcurrencyLimiter:
         if self._in_use < weight:
             held = f"only {self._in_use} slots are" if self._in_use else "no slot is"
             raise RuntimeError(f"release without acquire: {held} in use")
-        if not (self._waiters or self._emptied is not None or self._timed):
-            self._in_use -= weight  # nobody to tell
-            return
-        if asyncio._get_running_loop() is not self._loop:  # asked here for speed, too
+        if self._waiters or self._emptied is not None:
             check_thread(self, self._loop)
-        if self._waiters and self._in_use == self._limit:
-            waiter, wanted, _ = self._waiters[0]
-            if wanted == weight and not waiter.done():
-                self._waiters.popleft()
-                waiter.set_result(None)  # handed over: as much stays in use as before
-                self._runs += self._timed
-                return
-        self._give_back(weight)
-        self._grant()
-        if self._emptied is not None and not self._in_use:
-            self._emptied.set_result(None)
-            self._emptied = None
+        self._release(weight)
 
     __aenter__ = acquire
 
@@ -241,10 +219,12 @@ class ConcurrencyLimiter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._waiters or self._timed or self._emptied is not None or self._in_use < 1:
-            self.release()
+        if self._in_use < 1:
+            self.release()  # it was released inside already
+        elif self._waiters or self._timed or self._emptied is not None:
+            self._release(1)
         else:
-            self._in_use -= 1  # as release() does, written out: the call would add a tenth
+            self._in_use -= 1  # nobody to tell: the call would add a tenth
 
     @asynccontextmanager
     async def slots(self, weight: int) -> AsyncIterator[None]:
@@ -308,13 +288,13 @@ class ConcurrencyLimiter:
             self._bind()
         while self._in_use:  # who waits does so for slots in use
             if self._emptied is None:
-                self._emptied = loop.create_future()
+                self._emptied = asyncio.Future()
             await asyncio.shield(self._emptied)
 
     def close(self) -> None:
         """Let nobody in any more; those who wait are refused, those who are inside stay."""
         check_thread(self, self._loop)
-        self._closed = True
+        self._closed = self._joins = True
         while self._waiters:
             waiter, _, _ = self._waiters.popleft()
             if not waiter.done():
@@ -348,6 +328,21 @@ class ConcurrencyLimiter:
         if self._timed:
             self._begin_run(weight)
 
+    def _release(self, weight: int) -> None:
+        if self._waiters and self._in_use == self._limit:
+            waiter, wanted, _ = entry = self._waiters.popleft()
+            if wanted == weight and not waiter.done():
+                waiter.set_result(None)  # handed over: as much stays in use as before
+                if self._timed:
+                    self._runs += 1
+                return
+            self._waiters.appendleft(entry)
+        self._give_back(weight)
+        self._grant()
+        if self._emptied is not None and not self._in_use:
+            self._emptied.set_result(None)
+            self._emptied = None
+
     def _begin_run(self, weight: int) -> None:
         self._runs += 1
         self._run_time -= weight * self._time()
@@ -380,7 +375,8 @@ class ConcurrencyLimiter:
         notify(self.on_event, "concurrency_limiter.rejected", reason=reason)
         raise refusal
 
-    def _refuse_if_overloaded(self) -> None:
+    def _join(self) -> float:
+        """Join the line, if that may still be; return the time, at which a wait begins."""
         if self._closed:
             self._refuse("closed", "the limiter is closed")
         if self._max_queue is not None and len(self._waiters) >= self._max_queue:
@@ -388,10 +384,13 @@ class ConcurrencyLimiter:
             waiting = len(self._waiters)
             if waiting >= self._max_queue:
                 self._refuse("queue", f"{self._in_use} are inside and {waiting} wait")
+        now = self._time()
+        if self._timer is None and self._max_wait is not None:
+            self._set_timer(now + self._max_wait)
+        return now
 
-    def _set_timer(self) -> None:
+    def _set_timer(self, due: float) -> None:
         """Wait for the first in line: all may wait equally long, so they expire in their order."""
-        due = self._due(self._waiters[0])
         self._timer = get_running_loop().call_at(due, self._expire, due)
 
     def _due(self, entry: _Waiter) -> float:
@@ -407,10 +406,14 @@ class ConcurrencyLimiter:
                 message = f"the slots did not become free within {self._max_wait} s"
                 waiter.set_exception(self._refusal("wait", message))
         if self._waiters:
-            self._set_timer()
+            self._set_timer(self._due(self._waiters[0]))
         self._grant()  # a heavy one may have stood in front of lighter ones
 
-    def _leave(self, entry: _Waiter) -> None:
+    def _give_up(self, entry: _Waiter) -> None:
+        waiter, weight, _ = entry
+        if not waiter.cancelled() and waiter.exception() is None:
+            self.release(weight)  # granted and cancelled in the same step
+            return
         if entry in self._waiters:
             self._waiters.remove(entry)
         self._grant()  # it may have stood in front of lighter ones

@@ -376,8 +376,8 @@ class ProcessPool:
         pace: _Pace | None = None,
     ) -> asyncio.Future[list[Any]]:
         self._check_open()
-        loop = check_loop(self, self._loop)
-        job = _Job(loop.create_future(), fn, items, kwargs, limit, pace)
+        check_loop(self, self._loop)
+        job = _Job(asyncio.Future(), fn, items, kwargs, limit, pace)
         job.pack()
         self._unsettled.add(job.future)
         job.future.add_done_callback(lambda _: self._on_done(job))
@@ -693,7 +693,7 @@ class _Worker(asyncio.BufferedProtocol):
         self._kind = b""
         self._body = bytearray()  # of a message that does not fit into the scratch
         self._missing = memoryview(b"")
-        self._gone = asyncio.get_running_loop().create_future()
+        self._gone: asyncio.Future[None] = asyncio.Future()
         self._transport: Any = None
         self._timer: asyncio.TimerHandle | None = None
         self._journal: mmap.mmap | None = None
@@ -910,7 +910,7 @@ class _Reading:
             self._end = asyncio.create_task(self._read_on(_async_batches(source, pace)))
             self._end.add_done_callback(self._answers.put_nowait)  # it wakes the taker
         else:
-            self._end = asyncio.get_running_loop().create_future()
+            self._end = asyncio.Future()
             self._batches = _batches(source, pace)
 
     async def take(self) -> list[Any] | None:

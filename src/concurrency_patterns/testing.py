@@ -502,7 +502,7 @@ class FakeService:
         if step == "slow":
             await asyncio.sleep(self._slow)
         if step == "hang":
-            await asyncio.get_running_loop().create_future()
+            await asyncio.Future()
         return args[0] if args else "ok"
 
 

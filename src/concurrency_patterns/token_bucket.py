@@ -445,7 +445,7 @@ class _Line(Generic[Cost]):
         loop = get_running_loop()
         limit = _least(timeout, remaining())
         latest = math.inf if limit is None else self._latest(n, limit, loop.time())
-        waiter = (loop.create_future(), n, latest)
+        waiter: _Waiter[Cost] = (asyncio.Future(), n, latest)
         self.join(waiter)
         if self._timer is None:
             self.serve()

@@ -544,7 +544,7 @@ class _Map:
 
     async def wait_for_outcome(self) -> None:
         """Wait until :meth:`next_done` may have something new."""
-        self._reader = asyncio.get_running_loop().create_future()
+        self._reader = asyncio.Future()
         try:
             await self._reader
         finally:
@@ -602,7 +602,7 @@ class _Map:
 
     async def _wait_for_room(self) -> None:
         while len(self._started) + len(self._ready) >= 2 * self._pool._size:
-            self._room = asyncio.get_running_loop().create_future()
+            self._room = asyncio.Future()
             await self._room
 
     def stop_reading(self) -> list[asyncio.Task[None]]:
@@ -834,7 +834,7 @@ class _Places:
         """Take a place, or wait for it."""
         if self.try_take():
             return
-        waiter = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[None] = asyncio.Future()
         entry = (level, next(self._ticket), waiter)
         heapq.heappush(self._line, entry)
         try:
