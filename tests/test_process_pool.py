@@ -76,6 +76,9 @@ def gone(pid):
     return False
 
 
+divmod_1 = functools.partial(divmod, 1)
+
+
 # What it is for.
 
 
@@ -232,6 +235,31 @@ async def test_an_error_of_the_source_comes_after_the_results():
                 async for result in pool.map(work.double, source(), ordered=ordered):
                     results.append(result)
         assert results == [2, 4]
+
+
+async def test_a_map_is_taken_by_one_task_at_a_time():
+    """A second task that wants the next result, or the end, is refused; the first gets its own."""
+    async with ProcessPool(1) as pool:
+        results = pool.map(work.nap, [0.2, 0.1])
+        first = asyncio.create_task(anext(results))
+        await asyncio.sleep(0)
+        for other in (anext(results), results.aclose()):
+            with pytest.raises(RuntimeError, match="another task"):
+                await other
+        assert [await first, await anext(results)] == [0.2, 0.1]
+
+
+async def test_a_map_that_has_ended_gives_nothing_more():
+    """After its end, its failure or ``aclose`` the iteration is over, also before its start."""
+    async with ProcessPool(1) as pool:
+        ended, failed, closed = (pool.map(divmod_1, items) for items in ([1], [0, 1], [1]))
+        assert [result async for result in ended] == [(1, 0)]
+        with pytest.raises(ZeroDivisionError):
+            await anext(failed)
+        await closed.aclose()
+        for results in (ended, failed, closed):
+            assert [result async for result in results] == []
+            await results.aclose()
 
 
 async def test_breaking_off_a_map_gives_up_its_items():
@@ -843,6 +871,36 @@ async def test_a_batch_loses_only_the_item_that_killed_its_worker(memory, monkey
     assert outcomes[:5] + outcomes[6:] == [2 * n for n in range(12) if n != 5]
     assert (type(outcomes[5]), outcomes[5].item) == (WorkerCrashed, 5)
     assert (statistics.delivered, statistics.redelivered, statistics.poisoned) == (12, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        pytest.param([1, -2, 3], id="ints"),
+        pytest.param([0.5, -2.25, float("inf")], id="floats"),
+        pytest.param(["a", "b" * 300_000, "c"], id="strings"),
+        pytest.param([1, True, 2, None, 2.0, "x", 3], id="mixed"),
+        pytest.param([1, 2**63, 2, -(2**70), 3], id="large ints"),
+        pytest.param([1, [2], (3,), 4], id="objects"),
+        pytest.param(list(range(40_000)), id="more than the journal holds"),
+        pytest.param([], id="none"),
+    ],
+)
+async def test_results_that_outlive_their_worker_are_what_they_were(results):
+    """T13: whatever was returned before the worker died arrives with its type, and only once."""
+    async with ProcessPool(1) as pool:
+        for _ in range(2):  # the second time, the worker has seen such results
+            for items in (results, [*results, "die", *results]):
+                size = max(len(items), 1)
+                answers = pool.map(work.give_or_die, items, chunksize=size, return_exceptions=True)
+                outcomes = [answer async for answer in answers]
+                assert list(map(repr, outcomes)) == [
+                    repr(outcomes[number]) if item == "die" else repr(item)
+                    for number, item in enumerate(items)
+                ]
+        statistics = pool.statistics()
+    assert statistics.delivered == 2 * (3 * len(results) + 1)
+    assert (statistics.restarts, statistics.poisoned) == (2, 2)
 
 
 async def test_an_item_that_kills_who_unpickles_it_costs_itself_alone():

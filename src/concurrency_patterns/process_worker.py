@@ -29,18 +29,21 @@ __all__: list[str] = []
 
 # A message in either direction: its kind, the length of its body, its body.
 HEADER = struct.Struct("!cQ")
-READY, FAILED, CALL, UNREAD, RESULT, ERROR, MANY = b"r", b"f", b"c", b"u", b"=", b"!", b"*"
+READY, FAILED, CALL, UNREAD, ERROR = b"r", b"f", b"c", b"u", b"!"
+RESULT, MANY, PLAIN = b"=", b"*", b"#"  # one result, pickled; a list of such and plain ones; plain
 
-# The journal is memory that the worker writes and that outlives it: when the last item was begun,
-# in which batch, how many answers of the batch were sent before what is kept here, and the number
-# of the item (0: the worker still reads the batch); then the results that were not sent yet.
-STATE = struct.Struct("=dQQQ")
-JOURNAL_SIZE = 2**18
-
-# Such results need no pickle of their own: nothing can go wrong with them, nobody can change
-# them, and marshal, which writes them into the journal, is three times as fast.
-PLAIN = frozenset({int, float, bool, str, type(None)})
+# Plain results need no pickle of their own: nothing can go wrong with them, and nobody can change
+# them. So they are sent together, and marshal, which is three times as fast, keeps them till then.
+PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
 QUICK = 2  # marshal's version that looks for no repetitions
+
+# The journal begins with: when the last item was begun, in which batch, how many answers of the
+# batch were sent before what is kept here, the number of the item (0: the worker still reads the
+# batch), and how the results are kept that follow.
+STATE = struct.Struct("=dQQQc7x")
+JOURNAL_SIZE = 2**18
+MARSHAL = b"m"
+NUMBERS = {int: b"q", float: b"d"}  # numbers of one type are kept as an array
 
 
 def frame(kind: bytes, body: bytes = b"") -> bytes:
@@ -104,11 +107,7 @@ class _Server:
     def __init__(self, pipe: socket.socket) -> None:
         self._pipe = pipe
         self._reader = pipe.makefile("rb", 2**16)
-        shared = _receive_journal(pipe)
-        self._outlives = shared is not None
-        self._journal = shared or mmap.mmap(-1, JOURNAL_SIZE)
-        state = memoryview(self._journal)
-        self._begun_at, self._begun = state[:8].cast("d"), state[24:32].cast("Q")
+        self._journal = _Journal(_receive_memory(pipe))
         self._serial = 0
         self._busy = self._ending = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
@@ -129,7 +128,7 @@ class _Server:
         request = self._receive(size)
         self._busy = True
         self._serial += 1
-        self._turn_over(0)
+        self._journal.turn_over(self._serial, 0)
         try:
             call = pickle.loads(request)  # noqa: S301 -- comes from our own process
         except BaseException as error:  # noqa: BLE001 -- unpickling runs any code
@@ -147,8 +146,8 @@ class _Server:
         limited: bool,
     ) -> None:
         """Answer each item; the time between two tiny ones is what this loop costs."""
-        journal, begun_at, begun = self._journal, self._begun_at, self._begun
-        keep_until = len(items) if self._outlives else 0
+        journal = self._journal
+        begun_at, begun = journal.begun_at, journal.begun
         kept = list[Any]()
         for number, item in enumerate(items, 1):
             if limited:
@@ -159,37 +158,32 @@ class _Server:
                     result = fn(_open(item) if apart else item)
                 else:
                     result = fn(*item, **kwargs)
-                if type(result) not in PLAIN:
+                if type(result) not in PLAIN_TYPES:
                     result = _pickle_result(fn, result)
             except BaseException as error:  # noqa: BLE001 -- SystemExit is an answer, too
                 self._send_kept(kept)
                 self.send(ERROR, _describe(error))
             else:
                 kept.append(result)
-                if number < keep_until and not self._ending:
-                    try:
-                        journal.write(marshal.dumps(result, QUICK))
-                    except ValueError:  # it is full
-                        pass
-                    else:
-                        continue
+                if number < len(items) and journal.keep(kept) and not self._ending:
+                    continue
                 result = None  # not kept while the next item is handled
                 self._send_kept(kept)
             if self._ending:
                 return
-            self._turn_over(number)
+            journal.turn_over(self._serial, number)
 
     def _send_kept(self, kept: list[Any]) -> None:
-        if len(kept) == 1 and isinstance(kept[0], bytes):
+        if not kept:
+            return
+        types = self._journal.types_of(kept)
+        if bytes not in types:
+            self.send(PLAIN, dump(kept))
+        elif len(kept) == 1:
             self.send(RESULT, kept[0])
-        elif kept:
+        else:
             self.send(MANY, dump(kept))
         kept.clear()
-
-    def _turn_over(self, sent: int) -> None:
-        """Begin a new page of the journal."""
-        self._journal.seek(STATE.size)
-        STATE.pack_into(self._journal, 0, monotonic(), self._serial, sent, sent)
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
         """Send a message to the parent."""
@@ -212,16 +206,62 @@ class _Server:
         self._pipe.close()
 
 
-def _receive_journal(pipe: socket.socket) -> mmap.mmap | None:
+class _Journal:
+    """Memory that a worker writes and that outlives it: what it has done and could not send yet."""
+
+    def __init__(self, memory: int | None) -> None:
+        self._outlives = memory is not None
+        self._bytes = mmap.mmap(-1 if memory is None else memory, JOURNAL_SIZE)
+        if memory is not None:
+            os.close(memory)
+        view = memoryview(self._bytes)
+        self.begun_at, self.begun = view[:8].cast("d"), view[24:32].cast("Q")
+        results: Any = view[STATE.size :]
+        self._arrays = {kind: results.cast(code.decode()) for kind, code in NUMBERS.items()}
+        self._kind: type | None = None  # of the numbers that this page is for
+        self._array: Any = None
+
+    def turn_over(self, serial: int, sent: int) -> None:
+        """Begin a new page, for results like those before."""
+        self._bytes.seek(STATE.size)
+        code = MARSHAL
+        if self._kind is not None:
+            self._array, code = self._arrays[self._kind], NUMBERS[self._kind]
+        STATE.pack_into(self._bytes, 0, monotonic(), serial, sent, sent, code)
+
+    def keep(self, results: list[Any]) -> bool:
+        """Write the last of the results, if it is like the others and there is room."""
+        if not self._outlives:
+            return False
+        result = results[-1]
+        try:
+            if type(result) is self._kind:
+                self._array[len(results) - 1] = result
+                return True
+            if self._kind is None:
+                self._bytes.write(marshal.dumps(result, QUICK))
+                return True
+        except (ValueError, IndexError):  # the page is full, or the number too large
+            pass
+        self._kind = None
+        return False
+
+    def types_of(self, results: list[Any]) -> set[type]:
+        """Return what types the results are of; the next page is for numbers if these are."""
+        if self._kind is not None:
+            return {self._kind, type(results[-1])}  # the last one was not kept
+        types = set(map(type, results))
+        if types == {float} or (types == {int} and max(map(abs, results)) < 2**63):
+            [self._kind] = types
+        return types
+
+
+def _receive_memory(pipe: socket.socket) -> int | None:
     if not hasattr(socket, "recv_fds"):
         pipe.recv(1)
         return None
     _, memories, *_ = socket.recv_fds(pipe, 1, 1)
-    for memory in memories:
-        journal = mmap.mmap(memory, JOURNAL_SIZE)
-        os.close(memory)
-        return journal
-    return None
+    return memories[0] if memories else None
 
 
 def _end_with_parent() -> None:
@@ -229,6 +269,13 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _kind_of(results: list[Any]) -> type | None:
+    """Return the type of numbers of one type."""
+    kinds = set(map(type, results))
+    kind = kinds.pop()
+    return kind if not kinds and kind in NUMBERS else None
 
 
 UNREADABLE = "the call cannot be unpickled"
