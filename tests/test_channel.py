@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -120,6 +121,93 @@ async def test_a_receiver_that_leaves_takes_its_place_along():
     assert channel.statistics().buffered == 1
 
 
+async def test_a_newcomer_does_not_use_the_place_of_a_receiver_before_those_in_line():
+    """What a receiver that waits lets in comes from the line, also if others send meanwhile."""
+    channel = Channel(1)
+    await channel.send(0)
+    waits = asyncio.create_task(channel.send("waited"))
+    await asyncio.sleep(0)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(2)]
+    newcomer = asyncio.create_task(channel.send("newcomer"))
+
+    assert await asyncio.gather(*receivers) == [0, "waited"]
+    await asyncio.gather(waits, newcomer)
+    assert channel.receive_nowait() == "newcomer"
+
+
+@pytest.mark.parametrize("overflow", ["wait", "reject", "drop_newest"])
+async def test_receivers_that_were_cancelled_are_no_room(overflow):
+    """A channel takes no more than its capacity for receivers that have left."""
+    channel = Channel(1, overflow=overflow)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(3)]
+    await asyncio.sleep(0)
+    for receiver in receivers:
+        receiver.cancel()
+    for number in range(5):
+        with suppress(QueueFull):
+            channel.send_nowait(number)
+
+    assert channel.statistics().buffered == 1
+    await asyncio.wait(receivers)
+    assert channel.receive_nowait() == 0
+
+
+async def test_a_sender_that_is_cancelled_with_a_slot_passes_it_on():
+    """A slot that was promised goes to the next in line, or is free if there is none."""
+    channel = Channel(1)
+    channel.send_nowait(1)
+    first, second = [asyncio.create_task(channel.send(number)) for number in (2, 3)]
+    await asyncio.sleep(0)
+    assert channel.receive_nowait() == 1
+    first.cancel()
+    await second
+
+    third = asyncio.create_task(channel.send(4))
+    await asyncio.sleep(0)
+    assert channel.receive_nowait() == 3
+    third.cancel()
+    await asyncio.wait([third])
+    channel.send_nowait(5)
+    assert channel.receive_nowait() == 5
+
+
+async def test_a_sender_that_was_cancelled_a_moment_ago_takes_no_room():
+    """A slot is not promised to a task that is cancelled already."""
+    channel = Channel(1)
+    channel.send_nowait(1)
+    sender = asyncio.create_task(channel.send(2))
+    await asyncio.sleep(0)
+    sender.cancel()
+    assert await channel.receive() == 1
+    channel.send_nowait(3)
+    await asyncio.wait([sender])
+
+    assert channel.receive_nowait() == 3
+    channel.send_nowait(4)
+    assert channel.statistics().buffered == 1
+
+
+@pytest.mark.parametrize("nowait", [False, True])
+async def test_a_channel_that_holds_too_much_lets_no_sender_in(nowait):
+    """What a cancelled receiver has left beyond the capacity must go before others come."""
+    channel = Channel(1)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    channel.send_nowait(1)
+    channel.send_nowait(2)
+    receiver.cancel()
+    await asyncio.wait([receiver])
+    sender = asyncio.create_task(channel.send(3))
+    await asyncio.sleep(0)
+
+    assert (channel.receive_nowait() if nowait else await channel.receive()) == 1
+    await asyncio.sleep(1)
+    assert not sender.done()
+    assert await channel.receive() == 2
+    await sender
+    assert channel.receive_nowait() == 3
+
+
 async def test_nowait_refuses_what_would_wait():
     """The nowait forms raise QueueFull and ChannelEmpty instead of waiting."""
     channel = Channel(1)
@@ -228,6 +316,29 @@ async def test_t9_a_newcomer_to_a_closed_channel_waits_for_what_may_come_back(in
     cancelled.cancel()
 
     assert await newcomer == (["last"] if in_batches else "last")
+
+
+async def test_nothing_gets_into_a_closed_channel_that_has_room():
+    """T42: a closed channel refuses to take anything, however much room it has."""
+    channel = Channel(3)
+    channel.close()
+    with pytest.raises(ChannelClosed):
+        channel.send_nowait(1)
+    with pytest.raises(ChannelClosed):
+        await channel.send(1)
+
+
+async def test_t9_a_receiver_of_a_closed_channel_gets_what_another_gives_back():
+    """T9: an item that was promised to a receiver that is cancelled goes to the one behind it."""
+    channel = Channel(2)
+    receivers = [asyncio.create_task(channel.receive()) for _ in range(3)]
+    await asyncio.sleep(0)
+    channel.send_nowait(1)
+    channel.send_nowait(2)
+    channel.close()
+    receivers[1].cancel()
+
+    assert [await receivers[0], await receivers[2]] == [1, 2]
 
 
 async def test_t42_closing_twice_does_nothing():
@@ -504,6 +615,31 @@ async def test_an_item_that_its_receiver_did_not_take_counts_for_the_peak():
 
     seen = channel.statistics()
     assert (seen.buffered, seen.peak) == (1, 1)
+
+
+async def test_an_item_that_passes_a_cancelled_receiver_counts_for_the_peak():
+    """An item that nobody takes stands in the channel, though a receiver stood there before."""
+    channel = Channel(1)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    receiver.cancel()
+    await channel.send("item")
+
+    assert channel.statistics().peak == 1
+    await asyncio.wait([receiver])
+
+
+async def test_an_item_on_its_way_does_not_count_for_the_peak():
+    """The peak is what stood in the channel, without what was promised to a receiver."""
+    channel = Channel(2)
+    receiver = asyncio.create_task(channel.receive())
+    await asyncio.sleep(0)
+    for number in range(2):
+        await channel.send(number)
+    assert channel.statistics().peak == 1
+    assert await receiver == 0
+    await channel.send(2)
+    assert channel.statistics().peak == 2
 
 
 async def test_an_item_that_its_receiver_did_not_take_takes_its_place_again():
@@ -918,6 +1054,48 @@ async def test_close_gives_out_every_batch_that_is_being_gathered():
     assert await asyncio.gather(*consumers) == [[[1, 2]], [[3, 4]]]
     assert loop.time() - start == 0.0
     assert await waiting == 0  # the oldest item goes to whoever takes one first
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_batch_leaves_the_channel_as_large_as_it_was(waits):
+    """The places that a batch did not take while it was gathered are not there after it."""
+    channel = Channel(1)
+    if not waits:
+        channel.send_nowait(0)
+    batch = asyncio.create_task(anext(channel.batches(1, 1)))
+    await asyncio.sleep(0)
+    if waits:
+        channel.send_nowait(0)
+
+    assert await batch == [0]
+    channel.send_nowait(1)
+    with pytest.raises(QueueFull):
+        channel.send_nowait(2)
+
+
+def test_a_batch_that_a_dead_loop_has_left_gives_nothing_back():
+    """What was gathered on a loop that was closed with its tasks unfinished is promised to nobody.
+
+    The task of the batch is destroyed when the channel has long been in use on another loop.
+    """
+    channel = Channel(1)
+    loop = VirtualTimeLoop()
+    channel.send_nowait("item")
+    loop.set_exception_handler(lambda *_: None)  # "Task was destroyed but it is pending!"
+    batch = channel.batches(2, 60).__anext__()
+    task = loop.create_task(batch)
+    loop.run_until_complete(asyncio.sleep(1))
+    loop.close()
+
+    async def on_another_loop():
+        nonlocal task, batch
+        assert await channel.receive() == "item"
+        task = batch = None
+        gc.collect()
+        await channel.send("more")
+        return await channel.receive()
+
+    assert run_virtual(on_another_loop()) == "more"
 
 
 async def test_a_batch_may_be_larger_than_the_channel():

@@ -226,6 +226,17 @@ async def test_release_without_acquire_is_an_error():
         ConcurrencyLimiter(1).release()
 
 
+@pytest.mark.parametrize("timed", [False, True])
+async def test_a_slot_that_is_released_inside_its_block_is_an_error_at_its_end(timed):
+    """The end of the block does not give back what is not held any more."""
+    limiter = ConcurrencyLimiter(1, timed=timed)
+    with pytest.raises(RuntimeError, match="release without acquire"):
+        async with limiter:
+            limiter.release()
+
+    assert limiter.statistics().in_use == 0
+
+
 @pytest.mark.parametrize("weight", [0, -5, 1.5, math.nan, 1.0, True, "2"])
 @pytest.mark.parametrize("use", ["acquire", "try_acquire", "release"])
 async def test_a_weight_that_is_no_whole_number_from_one_is_refused(use, weight):
@@ -255,6 +266,15 @@ async def test_release_from_another_thread_is_refused(someone):
     assert limiter.statistics() == before
     asyncio.get_running_loop().call_soon(limiter.release)
     await waiting
+
+
+async def test_release_from_another_thread_is_allowed_where_nobody_waits():
+    """A thread that uses a slot may give it back when there is nobody to wake."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    await asyncio.to_thread(limiter.release)
+
+    assert limiter.statistics().in_use == 0
 
 
 async def test_a_waiter_that_is_cancelled_is_out_of_the_line_at_once():
@@ -390,6 +410,32 @@ async def test_t3_a_heavy_head_that_is_cancelled_lets_the_light_ones_in_at_once(
 
     assert light.done()
     assert limiter.statistics().in_use == 3
+
+
+async def test_slots_given_back_to_a_heavy_one_let_a_light_one_behind_it_in():
+    """If more was free than the first in line wants, those behind it get the rest at once."""
+    limiter = ConcurrencyLimiter(3)
+    await limiter.acquire(2)
+    waiting = [asyncio.create_task(limiter.acquire(weight)) for weight in (2, 1)]
+    await asyncio.sleep(0)
+    limiter.release(2)
+    await asyncio.gather(*waiting)
+
+    assert limiter.statistics().in_use == 3
+
+
+async def test_one_who_is_refused_and_cancelled_in_the_same_step_gives_nothing_back():
+    """Who was refused holds no slot, whatever happens to it next."""
+    limiter = ConcurrencyLimiter(1)
+    await limiter.acquire()
+    waiting = asyncio.create_task(limiter.acquire())
+    await asyncio.sleep(0)
+    limiter.close()
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+    assert waiting.cancelled()
+    assert limiter.statistics().in_use == 1
 
 
 async def test_more_than_the_limit_is_refused_at_once():

@@ -103,6 +103,10 @@ class Channel(Generic[T]):
     # that is woken is only promised an item or a slot; if it is cancelled before it runs, the
     # promise goes to the next in line, and nothing was in flight that could have been lost. So
     # a receiver of a closed channel waits until all that is promised to others has been taken.
+    #
+    # What is promised is an item or a slot, not which one. Another task that comes before the
+    # woken one runs may take the oldest item or send first, if there are enough for both: so items
+    # come out in their order, and tasks need not wait for each other in turn, item by item.
 
     def __init__(
         self,
@@ -123,8 +127,8 @@ class Channel(Generic[T]):
         self.on_event: Callable[[str, dict[str, Any]], object] | None = None
         self._buffer: deque[T] = deque()
         self._promised = 0  # items in the buffer that are promised to a receiver
-        # So many items the buffer may hold: one more for each receiver that waits and each item of
-        # a batch, one less for each slot that is promised to a sender; none when it is closed.
+        # So many items the buffer may hold: one more for each that is promised, one less for each
+        # slot that is promised to a sender; none when the channel is closed.
         self._room: float = capacity
         self._senders: deque[asyncio.Future[None]] = deque()
         self._receivers: deque[asyncio.Future[None]] = deque()
@@ -171,6 +175,9 @@ class Channel(Generic[T]):
         self._sent += 1
         if self._receivers and _wake(self._receivers):
             self._promised += 1
+            self._room += 1
+            if self._senders:
+                self._offer_slot()
         elif held >= self._peak:
             self._note_peak()
 
@@ -208,7 +215,6 @@ class Channel(Generic[T]):
                 raise ChannelClosed(self._closed)
             waiter: asyncio.Future[None] = asyncio.Future()
             self._receivers.append(waiter)
-            self._room += 1  # one who waits for an item is a place for it
             if self._senders:
                 self._offer_slot()
             try:
@@ -364,15 +370,22 @@ class Channel(Generic[T]):
         notify(self.on_event, "channel.dropped", item=dropped)
 
     def _offer_slot(self) -> None:
-        """If there is a free slot, promise it to the first sender in line."""
-        if len(self._buffer) < self._room and _wake(self._senders):
+        """If there is a free slot, promise it to the first sender in line.
+
+        A receiver that waits will take an item as soon as it comes, and is as good as a free slot;
+        but only for those in line, and not for a newcomer, who would overtake them.
+        """
+        if len(self._buffer) < self._room + len(self._receivers) and _wake(self._senders):
             self._room -= 1
 
     def _offer_item(self) -> bool:
         """An item is there: promise it to the first receiver in line, if there is one."""
-        offered = _wake(self._receivers)
-        self._promised += offered
-        return offered
+        if not _wake(self._receivers):
+            return False
+        self._promised += 1
+        self._room += 1  # what is promised takes no place any more
+        self._offer_slot()
+        return True
 
     def _give_up_slot(self, waiter: asyncio.Future[None]) -> None:
         if not _leave(self._senders, waiter):
@@ -380,9 +393,7 @@ class Channel(Generic[T]):
             self._offer_slot()
 
     def _give_up_item(self, waiter: asyncio.Future[None]) -> None:
-        if _leave(self._receivers, waiter):
-            self._room -= 1
-        else:
+        if not _leave(self._receivers, waiter):
             self._give_up_items(1)
 
     def _give_up_items(self, count: int) -> None:
@@ -405,7 +416,6 @@ class Channel(Generic[T]):
             raise ChannelClosed(self._closed)
         waiter: asyncio.Future[None] = asyncio.Future()
         self._receivers.append(waiter)
-        self._room += 1
         self._offer_slot()
         if not first:
             self._gathering.append(waiter)
@@ -440,7 +450,7 @@ class _Batches(Generic[T]):
         return self
 
     async def __anext__(self) -> list[T]:
-        gathered = 0
+        gathered, loop = 0, get_running_loop()
         try:
             await self._channel._gather_item(first=True)
             gathered = 1
@@ -452,7 +462,8 @@ class _Batches(Generic[T]):
             if not gathered:
                 raise StopAsyncIteration from None
         except BaseException:
-            self._channel._give_up_items(gathered)
+            if self._channel._loop is loop:  # or nothing is promised any more
+                self._channel._give_up_items(gathered)
             raise
         return self._channel._take_items(gathered)
 
