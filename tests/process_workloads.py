@@ -52,6 +52,34 @@ def give_or_die(item):
     return item
 
 
+def fail_or_die(number):
+    """Return the number; fail on 14, die on 18."""
+    if number == 14:
+        raise ValueError(number)
+    if number == 18:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die_soon_after_9(number):
+    """Return the number; at 9 let the worker die when it has answered."""
+    if number == 9:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return number
+
+
+def fork_at_first(number):
+    """Return the number, and -1 in a child process that is forked at 0; die on 5."""
+    if number == 0 and os.fork() == 0:
+        time.sleep(0.2)
+        os.close(2)  # its pipe is closed, and it would say so
+        return -1
+    if number == 5:
+        time.sleep(0.5)
+        os._exit(7)
+    return number
+
+
 def double_or_die(number):
     """Return twice the number, but die on 5."""
     if number == 5:

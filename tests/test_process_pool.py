@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import mmap
 import multiprocessing
 import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -27,7 +29,8 @@ from concurrency_patterns.errors import (
     RemoteError,
     WorkerCrashed,
 )
-from concurrency_patterns.process_pool import ProcessExecutor, ProcessPool
+from concurrency_patterns.process_pool import ProcessExecutor, ProcessPool, _Job, _Worker
+from concurrency_patterns.process_worker import JOURNAL_SIZE, MARSHAL, STATE
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are signals of POSIX")
 
@@ -74,9 +77,6 @@ def gone(pid):
     except ProcessLookupError:
         return True
     return False
-
-
-divmod_1 = functools.partial(divmod, 1)
 
 
 # What it is for.
@@ -237,29 +237,135 @@ async def test_an_error_of_the_source_comes_after_the_results():
         assert results == [2, 4]
 
 
-async def test_a_map_is_taken_by_one_task_at_a_time():
-    """A second task that wants the next result, or the end, is refused; the first gets its own."""
-    async with ProcessPool(1) as pool:
-        results = pool.map(work.nap, [0.2, 0.1])
-        first = asyncio.create_task(anext(results))
-        await asyncio.sleep(0)
-        for other in (anext(results), results.aclose()):
-            with pytest.raises(RuntimeError, match="another task"):
-                await other
-        assert [await first, await anext(results)] == [0.2, 0.1]
-
-
 async def test_a_map_that_has_ended_gives_nothing_more():
-    """After its end, its failure or ``aclose`` the iteration is over, also before its start."""
+    """After its end, its failure or ``aclose`` an iteration is over, whatever was at hand."""
     async with ProcessPool(1) as pool:
-        ended, failed, closed = (pool.map(divmod_1, items) for items in ([1], [0, 1], [1]))
+        by = functools.partial(divmod, 1)
+        ended, failed, closed = (pool.map(by, n, chunksize=9) for n in ([1], [0, 1], [1, 2]))
         assert [result async for result in ended] == [(1, 0)]
         with pytest.raises(ZeroDivisionError):
             await anext(failed)
+        await anext(closed)
         await closed.aclose()
         for results in (ended, failed, closed):
             assert [result async for result in results] == []
+
+
+async def test_aclose_frees_the_workers_though_the_map_is_kept():
+    """What a closed map had sent to workers is given up."""
+    async with ProcessPool(2) as pool:
+        results = pool.map(work.nap, [0, 60, 60, 60])
+        await anext(results)
+        await results.aclose()
+        async with asyncio.timeout(30):
+            assert await pool.submit(work.double, 1) == 2
+
+
+async def test_a_cancelled_taker_ends_the_map():
+    """Who is cancelled while it waits for a result gives up the items that are left."""
+    async with ProcessPool(1) as pool:
+        results = pool.map(work.nap, [0, 60, 60])
+        await anext(results)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await anext(results)
+        assert [result async for result in results] == []
+        async with asyncio.timeout(30):
+            assert await pool.submit(work.double, 1) == 2
+
+
+async def test_a_map_that_is_dropped_in_another_thread_is_given_up():
+    """Whoever lets go of the last reference, the loop of the pool gives the items up."""
+    asyncio.get_running_loop().set_debug(True)  # then it refuses to be used from other threads
+    async with ProcessPool(2) as pool:
+        held = [pool.map(work.nap, [0, 60, 60, 60])]
+        await anext(held[0])
+        await asyncio.to_thread(held.clear)
+        async with asyncio.timeout(30):
+            assert await pool.submit(work.double, 1) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_aclose_waits_until_an_asynchronous_source_is_closed(fails):
+    """The source cleans up before ``aclose`` returns, and if that fails, it is told."""
+    closed = []
+
+    async def source():
+        try:
+            while True:
+                yield 0
+        finally:
+            await asyncio.sleep(0.05)
+            closed.append(True)
+            if fails:
+                raise OSError("cannot clean up")
+
+    async with ProcessPool(1) as pool:
+        results = pool.map(work.nap, source())
+        await anext(results)
+        with pytest.raises(OSError, match="clean up") if fails else contextlib.nullcontext():
             await results.aclose()
+        assert closed == [True]
+
+
+async def test_a_plain_source_is_closed_with_its_map():
+    """``aclose`` lets go of the source, whose cleanup need not wait for the map's own end."""
+    closed = []
+
+    def source():
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.append(True)
+
+    async with ProcessPool(1) as pool:
+        results = pool.map(work.nap, source())
+        await anext(results)
+        await results.aclose()
+        assert closed == [True]
+
+
+async def test_breaking_off_a_map_of_an_asynchronous_source_gives_up_its_items():
+    """After ``break`` the workers are free for others at once, however slow the source is."""
+
+    async def source():
+        yield 0
+        while True:
+            yield 60
+
+    async with ProcessPool(2) as pool:
+        async for _ in pool.map(work.nap, source()):
+            break
+        async with asyncio.timeout(30):
+            assert await pool.submit(work.double, 1) == 2
+
+
+@pytest.mark.parametrize("count", [0, 30])
+async def test_an_asynchronous_source_is_read_to_its_end(count):
+    """Its end is noticed by who waits for the next result, also if it is longer than the buffer."""
+
+    async def source():
+        for number in range(count):
+            yield number
+        await asyncio.sleep(0.05)
+
+    async with ProcessPool(1) as pool, asyncio.timeout(30):
+        results = [result async for result in pool.map(work.double, source(), buffer=1)]
+    assert results == list(range(0, 2 * count, 2))
+
+
+async def test_closing_the_pool_ends_a_map_with_pool_closed():
+    """Who takes results of a pool that is being closed is told so."""
+    async with ProcessPool(1) as pool:
+        results = pool.map(work.nap, [0.01] * 30)
+        await anext(results)
+        closing = asyncio.create_task(pool.close())
+        await asyncio.sleep(0)
+        with pytest.raises(PoolClosed):
+            async for _ in results:
+                pass
+        await closing
 
 
 async def test_breaking_off_a_map_gives_up_its_items():
@@ -901,6 +1007,59 @@ async def test_results_that_outlive_their_worker_are_what_they_were(results):
         statistics = pool.statistics()
     assert statistics.delivered == 2 * (3 * len(results) + 1)
     assert (statistics.restarts, statistics.poisoned) == (2, 2)
+
+
+@pytest.mark.parametrize("fn", [work.fail_or_die, work.die_soon_after_9])
+async def test_what_a_dead_worker_has_sent_counts_though_its_pipe_breaks(fn):
+    """T13: what it had answered is read, also if the parent notices the death by writing to it."""
+
+    def source():
+        yield from range(20)
+        time.sleep(0.3)  # the loop is busy while the worker answers and dies
+        yield from range(20, 30)
+
+    async with ProcessPool(1) as pool:
+        await pool.submit(work.double, 1)
+        answers = pool.map(fn, source(), chunksize=10, buffer=1, return_exceptions=True)
+        outcomes = [answer async for answer in answers]
+        statistics = pool.statistics()
+    wrong = {n: type(outcome) for n, outcome in enumerate(outcomes) if outcome != n}
+    assert len(outcomes) == 30
+    assert wrong.items() <= {14: ValueError, 18: WorkerCrashed}.items()
+    assert statistics.delivered == 31
+    assert statistics.poisoned == (WorkerCrashed in wrong.values())
+
+
+async def test_a_forked_child_that_comes_back_changes_no_result():
+    """A function that forks and returns twice is answered for by the worker alone."""
+    async with ProcessPool(1) as pool, asyncio.timeout(30):
+        answers = pool.map(work.fork_at_first, range(7), chunksize=7, return_exceptions=True)
+        outcomes = [answer async for answer in answers]
+    assert outcomes[:5] + outcomes[6:] == [0, 1, 2, 3, 4, 6]
+    assert isinstance(outcomes[5], WorkerCrashed)
+
+
+def told_by_journal(outcomes, *state, kept=b""):
+    """Return what a worker's journal tells of a batch of four, of which some are answered."""
+    worker = _Worker(print)
+    worker._journal = mmap.mmap(-1, JOURNAL_SIZE)
+    STATE.pack_into(worker._journal, 0, 0.0, worker._serial, *state)
+    worker._journal[STATE.size : STATE.size + len(kept)] = kept
+    job = _Job(asyncio.Future(), abs, [1, 2, 3, 4], None, None, None, outcomes=outcomes)
+    return worker.testament(job)
+
+
+@pytest.mark.parametrize("code", [MARSHAL, ord("q"), ord("d")])
+async def test_a_worker_that_dies_between_two_items_had_begun_none(code):
+    """What it had sent was the last that it had begun."""
+    assert told_by_journal([1, 2], 2, 2, code) == ([], False)
+
+
+async def test_what_was_sent_is_not_taken_from_the_journal_again():
+    """A worker may die when it has sent its results and before it begins a new page."""
+    kept = struct.pack("=2q", 1, 2)
+    assert told_by_journal([1, 2, 3], 0, 3, ord("q"), kept=kept) == ([], False)
+    assert told_by_journal([], 0, 3, ord("q"), kept=kept) == ([1, 2], True)
 
 
 async def test_an_item_that_kills_who_unpickles_it_costs_itself_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import functools
 import inspect
 import io
 import marshal
@@ -21,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -57,7 +58,7 @@ from .process_worker import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
     from typing import Self, TypeAlias
@@ -325,14 +326,31 @@ class ProcessPool:
             check_positive("timeout", timeout)
         limit = self._task_timeout if timeout is None else timeout
         pace = _Pace(chunksize or 1, fixed=chunksize is not None)
-        return _Map(
+        begin = functools.partial(
+            _Reading,
             source,
             pace,
             lambda batch: self._enqueue(fn, batch, None, limit, pace),
             most=self._size + buffer,
             ordered=ordered,
-            return_exceptions=return_exceptions,
         )
+        return self._results(begin, return_exceptions=return_exceptions)
+
+    async def _results(
+        self, begin: Callable[[], _Reading], *, return_exceptions: bool
+    ) -> AsyncIterator[Any]:
+        reading = begin()
+        try:
+            while (outcomes := await reading.take()) is not None:
+                for outcome in outcomes:
+                    if type(outcome) is not _Failure:
+                        yield outcome
+                    elif return_exceptions:
+                        yield outcome.error
+                    else:
+                        raise outcome.error
+        finally:
+            await reading.close()
 
     def statistics(self) -> ProcessPoolStatistics:
         """Return what the pool does and has seen."""
@@ -686,6 +704,7 @@ class _Worker(asyncio.BufferedProtocol):
     async def live(self, context: Any, setup: tuple[Any, ...]) -> int | None:
         """Run the process until it ends; return its exit code."""
         ours, theirs = socket.socketpair()
+        self._pipe = ours
         with ours:
             with theirs:
                 target, args = entry(theirs, *setup)
@@ -755,13 +774,15 @@ class _Worker(asyncio.BufferedProtocol):
         if begun == 0:  # it died while it read the batch: by which item?
             return [], job.apart or len(job.items) == 1
         sent = len(job.outcomes) - self.base
-        count = max(begun - 1 - sent_before, 0)
-        if code == MARSHAL:
-            kept = io.BytesIO(self._journal[STATE.size :])
-            results = [marshal.load(kept) for _ in range(count)]  # noqa: S302 -- ours
-        else:
-            results = [*struct.unpack_from(f"={count}{code.decode()}", self._journal, STATE.size)]
-        results = results[sent - sent_before :]
+        results: list[Any] = []
+        if (count := begun - 1 - sent_before) > 0:
+            kept = self._journal[STATE.size :]
+            if code == MARSHAL:
+                stream = io.BytesIO(kept)
+                results = [marshal.load(stream) for _ in range(count)]  # noqa: S302 -- ours
+            else:
+                results = [*struct.unpack_from(f"={count}{chr(code)}", kept)]
+            results = results[sent - sent_before :]  # it had sent them, and then could not say so
         return results, begun > sent + len(results)
 
     def dismiss(self) -> None:
@@ -831,8 +852,16 @@ class _Worker(asyncio.BufferedProtocol):
             self._on_message(self, self._kind, body)
 
     def connection_lost(self, _: Exception | None) -> None:
+        if not self.killed or self.overdue:
+            self._read_what_is_left()
         if not self._gone.done():
             self._gone.set_result(None)
+
+    def _read_what_is_left(self) -> None:
+        """Read what the worker had sent before it died, if a failed write has ended the reading."""
+        with suppress(OSError):
+            while count := self._pipe.recv_into(self.get_buffer(-1)):
+                self.buffer_updated(count)
 
 
 def _restore(body: bytes | bytearray) -> Exception:
@@ -871,8 +900,8 @@ def _tell_start(failure: Exception | None, cause: Exception | None, exitcode: in
     )
 
 
-class _Map(AsyncIterator[Any]):
-    """The results of one ``map``: an iterator, as a generator takes a third longer for each.
+class _Reading:
+    """What one ``map`` has read of its source and has not yet given to its caller.
 
     A plain source is read by whoever takes the results; an asynchronous one by a task, as its
     items may be slow to come and must not hold back the results of earlier ones.
@@ -886,112 +915,49 @@ class _Map(AsyncIterator[Any]):
         *,
         most: int,
         ordered: bool,
-        return_exceptions: bool,
     ) -> None:
-        self._source = source
-        self._pace = pace
         self._call = call
         self._most = most
         self._ordered = ordered
-        self._return_exceptions = return_exceptions
-        self._given: Iterator[Any] = iter(())  # the outcomes of a batch
         self._calls: set[asyncio.Future[list[Any]]] = set()
         self._answers: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         self._room = asyncio.Semaphore(most - 1)  # one more as soon as somebody takes
         self._batches = iter(list[list[Any]]())
-        self._end: asyncio.Future[None] | None = None  # of the source
-        self._taking = self._closed = False
+        self._end: asyncio.Future[None]
+        if isinstance(source, AsyncIterable):
+            self._end = asyncio.create_task(self._read_on(_async_batches(source, pace)))
+            self._end.add_done_callback(self._answers.put_nowait)  # it wakes the taker
+        else:
+            self._end = asyncio.Future()
+            self._batches = _batches(source, pace)
 
-    async def __anext__(self) -> Any:
-        for outcome in self._given:
-            if type(outcome) is not _Failure:
-                return outcome
-            if self._return_exceptions:
-                return outcome.error
-            await self._close()
-            raise outcome.error
-        await self._take()
-        return await anext(self)
-
-    async def aclose(self) -> None:
-        """Give up what was not taken."""
-        self._check_alone()
-        await self._close()
-
-    async def _close(self) -> None:
-        self._closed = True
-        self._given = iter(())
-        self._give_up()
-        if isinstance(self._end, asyncio.Task):
-            await asyncio.wait([self._end])  # until it has closed the source
-
-    def __del__(self) -> None:
-        """Do what asyncio does for a generator that is not used to its end."""
-        if self._end is not None and not self._closed:
-            loop = self._end.get_loop()
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._give_up)
-
-    def _give_up(self) -> None:
-        unfinished: list[asyncio.Future[Any]] = [*self._calls]
-        if self._end is not None:
-            unfinished.append(self._end)
-        for left in unfinished:
-            if not left.cancel() and not left.cancelled():
-                left.exception()  # nobody will ask for it any more
-
-    async def _take(self) -> None:
-        """Wait for the next outcomes."""
-        self._check_alone()
-        if self._closed:
-            raise StopAsyncIteration
-        self._taking = True
-        try:
-            self._given = iter(await self._next_outcomes())
-        except BaseException:
-            await self._close()
-            raise
-        finally:
-            self._taking = False
-
-    def _check_alone(self) -> None:
-        if self._taking:
-            raise RuntimeError("another task waits for the next result of this map")
-
-    async def _next_outcomes(self) -> list[Any]:
-        end = self._end or self._begin()
-        if is_async := isinstance(end, asyncio.Task):
+    async def take(self) -> list[Any] | None:
+        """Wait for the next outcomes; ``None`` after the last ones."""
+        if is_async := isinstance(self._end, asyncio.Task):
             self._room.release()
         while True:
             if not is_async:
-                self._read(end)
-            if not self._calls and end.done():
-                await end
-                raise StopAsyncIteration
+                self._read()
+            if not self._calls and self._end.done():
+                await self._end
+                return None
             answer = await self._answers.get()
-            if answer is not end:
+            if answer is not self._end:
                 outcomes: list[Any] = await answer
                 self._calls.discard(answer)
                 return outcomes
 
-    def _begin(self) -> asyncio.Future[None]:
-        if isinstance(self._source, AsyncIterable):
-            self._end = asyncio.create_task(self._read_on(_async_batches(self._source, self._pace)))
-            self._end.add_done_callback(self._answers.put_nowait)  # it wakes the taker
-        else:
-            self._end = asyncio.Future()
-            self._batches = _batches(self._source, self._pace)
-        return self._end
-
-    def _read(self, end: asyncio.Future[None]) -> None:
+    def _read(self) -> None:
+        if self._end.done():
+            return
         try:
             for batch in islice(self._batches, self._most - len(self._calls)):
                 self._start(batch)
         except Exception as error:  # noqa: BLE001 -- it is raised behind the results
-            end.set_exception(error)
+            self._end.set_exception(error)
         else:
-            if len(self._calls) < self._most and not end.done():
-                end.set_result(None)
+            if len(self._calls) < self._most:
+                self._end.set_result(None)
 
     async def _read_on(self, batches: AsyncGenerator[list[T], None]) -> None:
         async with aclosing(batches):
@@ -1007,6 +973,19 @@ class _Map(AsyncIterator[Any]):
             self._answers.put_nowait(call)
         else:
             call.add_done_callback(self._answers.put_nowait)
+
+    async def close(self) -> None:
+        """Give up what was not taken."""
+        for call in self._calls:
+            if not call.cancel() and not call.cancelled():
+                call.exception()  # nobody will ask for it any more
+        if not self._end.cancel():
+            if not self._end.cancelled():
+                self._end.exception()
+        elif isinstance(self._end, asyncio.Task):
+            await asyncio.wait([self._end])  # until it has closed the source
+            if not self._end.cancelled():
+                self._end.result()  # it may have failed to
 
 
 def _batches(source: Iterable[T], pace: _Pace) -> Iterator[list[T]]:

@@ -37,13 +37,14 @@ RESULT, MANY, PLAIN = b"=", b"*", b"#"  # one result, pickled; a list of such an
 PLAIN_TYPES = frozenset({int, float, bool, str, type(None)})
 QUICK = 2  # marshal's version that looks for no repetitions
 
-# The journal begins with: when the last item was begun, in which batch, how many answers of the
-# batch were sent before what is kept here, the number of the item (0: the worker still reads the
-# batch), and how the results are kept that follow.
-STATE = struct.Struct("=dQQQc7x")
+# The journal begins with: when the last item was begun, the number of the batch, how many answers
+# of it were sent before what is kept here, the number of the item that was begun (0: it still
+# reads the batch), and how the results that follow are kept: as an array of numbers, or by marshal.
+STATE = struct.Struct("=dQQQQ")
+BATCH, SENT, BEGUN, FORMAT = range(1, 5)
 JOURNAL_SIZE = 2**18
-MARSHAL = b"m"
-NUMBERS = {int: b"q", float: b"d"}  # numbers of one type are kept as an array
+NUMBERS = {int: "q", float: "d"}
+MARSHAL = 0
 
 
 def frame(kind: bytes, body: bytes = b"") -> bytes:
@@ -108,7 +109,6 @@ class _Server:
         self._pipe = pipe
         self._reader = pipe.makefile("rb", 2**16)
         self._journal = _Journal(_receive_memory(pipe))
-        self._serial = 0
         self._busy = self._ending = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -127,8 +127,7 @@ class _Server:
         _, size = HEADER.unpack(self._receive(HEADER.size))
         request = self._receive(size)
         self._busy = True
-        self._serial += 1
-        self._journal.turn_over(self._serial, 0)
+        self._journal.begin_batch()
         try:
             call = pickle.loads(request)  # noqa: S301 -- comes from our own process
         except BaseException as error:  # noqa: BLE001 -- unpickling runs any code
@@ -147,12 +146,12 @@ class _Server:
     ) -> None:
         """Answer each item; the time between two tiny ones is what this loop costs."""
         journal = self._journal
-        begun_at, begun = journal.begun_at, journal.begun
+        begun_at, state = journal.begun_at, journal.state
         kept = list[Any]()
         for number, item in enumerate(items, 1):
             if limited:
                 begun_at[0] = monotonic()
-            begun[0] = number
+            state[BEGUN] = number
             try:
                 if kwargs is None:
                     result = fn(_open(item) if apart else item)
@@ -165,13 +164,13 @@ class _Server:
                 self.send(ERROR, _describe(error))
             else:
                 kept.append(result)
-                if number < len(items) and journal.keep(kept) and not self._ending:
+                if number < len(items) and not self._ending and journal.keep(kept):
                     continue
                 result = None  # not kept while the next item is handled
                 self._send_kept(kept)
             if self._ending:
                 return
-            journal.turn_over(self._serial, number)
+            journal.turn_over(number)
 
     def _send_kept(self, kept: list[Any]) -> None:
         if not kept:
@@ -215,19 +214,34 @@ class _Journal:
         if memory is not None:
             os.close(memory)
         view = memoryview(self._bytes)
-        self.begun_at, self.begun = view[:8].cast("d"), view[24:32].cast("Q")
+        self.begun_at, self.state = view[:8].cast("d"), view[: STATE.size].cast("Q")
         results: Any = view[STATE.size :]
-        self._arrays = {kind: results.cast(code.decode()) for kind, code in NUMBERS.items()}
+        self._arrays = {kind: results.cast(code) for kind, code in NUMBERS.items()}
         self._kind: type | None = None  # of the numbers that this page is for
         self._array: Any = None
 
-    def turn_over(self, serial: int, sent: int) -> None:
-        """Begin a new page, for results like those before."""
+    # Whoever reads may find it between any two of these steps: so the last one makes them valid.
+
+    def begin_batch(self) -> None:
+        """Begin a new batch, of which no item is begun yet."""
+        self.begun_at[0] = monotonic()
+        self.state[BEGUN] = self.state[SENT] = 0
+        self._begin_page()
+        self.state[BATCH] += 1
+
+    def turn_over(self, sent: int) -> None:
+        """Begin a new page, when so many answers of the batch have been sent."""
+        self.begun_at[0] = monotonic()
+        self.state[SENT] = sent
+        self._begin_page()
+
+    def _begin_page(self) -> None:
         self._bytes.seek(STATE.size)
-        code = MARSHAL
-        if self._kind is not None:
-            self._array, code = self._arrays[self._kind], NUMBERS[self._kind]
-        STATE.pack_into(self._bytes, 0, monotonic(), serial, sent, sent, code)
+        if self._kind is None:
+            self.state[FORMAT] = MARSHAL
+        else:
+            self.state[FORMAT] = ord(NUMBERS[self._kind])
+            self._array = self._arrays[self._kind]
 
     def keep(self, results: list[Any]) -> bool:
         """Write the last of the results, if it is like the others and there is room."""
@@ -269,13 +283,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _kind_of(results: list[Any]) -> type | None:
-    """Return the type of numbers of one type."""
-    kinds = set(map(type, results))
-    kind = kinds.pop()
-    return kind if not kinds and kind in NUMBERS else None
 
 
 UNREADABLE = "the call cannot be unpickled"
