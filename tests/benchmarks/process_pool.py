@@ -2,7 +2,7 @@
 
 All pools have two workers and are warm when the clock starts: a few items, then a pause in which
 the second worker, too, comes up. Time is wall time: the work is done in other processes. Batches
-run for a second and more, as for the first 0.1 s the kernel still moves the processes about.
+run for about a second, as for the first 0.1 s the kernel still moves the processes about.
 """
 
 from __future__ import annotations
