@@ -201,8 +201,8 @@ class ConcurrencyLimiter:
 
         Raises:
             ValueError: If ``weight`` is below 1.
-            RuntimeError: If fewer slots are in use, or somebody in another thread waits for them, or
-                for the limiter to be drained.
+            RuntimeError: If fewer slots are in use, or somebody in another thread waits for them
+                or for the limiter to be drained.
         """
         if weight is not _ONE:
             check_count("weight", weight)
