@@ -1074,10 +1074,7 @@ async def test_a_batch_leaves_the_channel_as_large_as_it_was(waits):
 
 
 def test_a_batch_that_a_dead_loop_has_left_gives_nothing_back():
-    """What was gathered on a loop that was closed with its tasks unfinished is promised to nobody.
-
-    The task of the batch is destroyed when the channel has long been in use on another loop.
-    """
+    """What was gathered on a loop that was closed with its tasks unfinished is nobody's."""
     channel = Channel(1)
     loop = VirtualTimeLoop()
     channel.send_nowait("item")
