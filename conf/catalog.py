@@ -25,11 +25,11 @@ MARKUP = re.compile(r"``.+?``|:[\w:]+:`[^`]+`")
 TYPE = ":sphinx_autodoc_typehints"  # a type, which nobody translates
 
 
-class NoDocstring(Exception):  # noqa: N818 -- says what happened
+class NoDocstringError(Exception):
     """A page of the reference has no docstring: the check would pass without checking."""
 
 
-class NotTranslatable(Exception):  # noqa: N818 -- says what happened
+class NotTranslatableError(Exception):
     """sphinx-autodoc-typehints has written a type into a text."""
 
 
@@ -59,12 +59,12 @@ def messages(page: str, path: Path) -> polib.POFile:
         names = sorted({name for before, name in itertools.pairwise(words) if before == "of"})
         if TYPE in entry.msgid:
             if " -- " in entry.msgid:
-                raise NotTranslatable(entry.msgid)
+                raise NotTranslatableError(entry.msgid)
         elif names:
             where = [(name, "") for name in names]
             wanted.append(polib.POEntry(msgid=entry.msgid, occurrences=where))
     if not wanted:
-        raise NoDocstring(page)
+        raise NoDocstringError(page)
     return wanted
 
 
@@ -128,7 +128,7 @@ def update(wanted: dict[str, polib.POFile], folder: Path = CATALOGS) -> None:
 def check(wanted: dict[str, polib.POFile], folder: Path = CATALOGS) -> list[str]:
     """Return the problems of all catalogs."""
     if not wanted:
-        raise NoDocstring("no page at all")
+        raise NoDocstringError("no page at all")
     found = [
         f"{page}.po: {problem}"
         for page, template in wanted.items()

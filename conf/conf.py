@@ -9,15 +9,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "extensions")]
 
-import python_inventory  # noqa: E402 -- found through the path above
-import settings  # noqa: E402 -- as above
+# Sphinx runs this file without having its folder on the path, so the path must be set first.
+import python_inventory  # noqa: E402 -- lies in extensions/, which the line above adds
+import settings  # noqa: E402 -- lies beside this file, in the folder that the line above adds
 
 # sphinx-autodoc-typehints 3.6, the newest for Python 3.11, calls what Sphinx 10 will remove.
 warnings.filterwarnings("ignore", message=".*set_application.*")
 
 project = "concurrency-patterns"
 author = "The concurrency-patterns authors"
-copyright = f"2026, {author}"  # noqa: A001 -- Sphinx wants this name
+copyright = f"2026, {author}"  # noqa: A001 -- Sphinx reads the setting of this name
 language = "en"  # -D language=zh_CN builds the Chinese site
 
 extensions = [

@@ -41,7 +41,7 @@ class BigramChinese(SearchChinese):
         self.latin_terms: set[str] = set()
         self.stemmer = snowballstemmer.stemmer("english")
 
-    def split(self, input: str) -> list[str]:  # noqa: A002 -- the parent's name
+    def split(self, input: str) -> list[str]:  # noqa: A002 -- as in SearchLanguage, which may be called by keyword
         """Cut a text of a page into terms; single characters too, for a query of one."""
         terms = []
         for match in TOKEN.finditer(input):

@@ -50,7 +50,7 @@ def undocumented_methods(cls: type, where: str) -> Iterator[str]:
             yield f"{where}.{name}"
 
 
-def check_docstrings(  # noqa: PLR0917 -- as Sphinx calls it
+def check_docstrings(  # noqa: PLR0917 -- autodoc-process-docstring passes six
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Warn, and so fail the build, about a public name without a docstring."""
@@ -59,7 +59,7 @@ def check_docstrings(  # noqa: PLR0917 -- as Sphinx calls it
             logger.warning("%s has no docstring", missing)
 
 
-def skip_private(  # noqa: PLR0917 -- as Sphinx calls it
+def skip_private(  # noqa: PLR0917 -- autodoc-skip-member passes six
     app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
 ) -> bool | None:
     """Leave out what the module does not name in ``__all__``."""
@@ -69,7 +69,7 @@ def skip_private(  # noqa: PLR0917 -- as Sphinx calls it
     return True if name not in getattr(module, "__all__", [name]) else None
 
 
-def separate_comment(  # noqa: PLR0917 -- as Sphinx calls it
+def separate_comment(  # noqa: PLR0917 -- autodoc-process-docstring passes six
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Keep Napoleon from reading "still running: nobody waits" as a type and its description."""
@@ -92,7 +92,7 @@ def resolve_short_name(
     return domain.resolve_xref(env, node["refdoc"], app.builder, kind, found[0], node, content)
 
 
-def unite_yields(  # noqa: PLR0917 -- as Sphinx calls it
+def unite_yields(  # noqa: PLR0917 -- autodoc-process-docstring passes six
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Tell what a generator yields as what it returns.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,9 +99,13 @@ WORDS = {
 }
 
 
+# From here on a rounded number has three digits before the point.
+THREE_DIGITS = 99.5
+
+
 def figure(value: float) -> str:
     """Write a ratio with three digits at most."""
-    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"  # noqa: PLR2004 -- 3 digits
+    return f"{value:,.0f}" if value >= THREE_DIGITS else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -148,7 +153,7 @@ def bar(candidate: dict[str, Any], full: float) -> str:
     return f'<span class="{kind}" aria-hidden="true">{"".join(parts)}</span>'
 
 
-class Drawn(SphinxDirective):
+class Drawn(SphinxDirective, ABC):
     """Something that is drawn from a file of results, in the words of the page's language."""
 
     required_arguments = 1
@@ -162,9 +167,9 @@ class Drawn(SphinxDirective):
         self.words = self.vocabulary[self.language]
         return self.draw(self.arguments[0], json.loads(self.file.read_text(encoding="utf-8")))
 
+    @abstractmethod
     def draw(self, what: str, results: dict[str, Any]) -> list[nodes.Node]:
-        """Draw it."""
-        raise NotImplementedError  # what is drawn depends on the file
+        """Draw what the argument names from what the file holds."""
 
     def say(self, text: str) -> str:
         """Return a word in the language of the page; what was not translated as it is."""

@@ -35,7 +35,7 @@ async def load(backoff: Iterable[float]) -> list[tuple[float, float]]:
 
 def draw(text: Callable[[str, str], str]) -> str:
     """Draw the load of both."""
-    jitter = FullJitter(base=1, rng=random.Random(7))  # noqa: S311 -- a picture, no secret
+    jitter = FullJitter(base=1, rng=random.Random(7))  # noqa: S311 -- seeded: each build draws the same
     return steps(
         {
             text("有抖动", "with jitter"): run_virtual(load(jitter)),

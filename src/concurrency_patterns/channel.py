@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+from abc import ABC, abstractmethod
 from asyncio import get_running_loop
 from collections import deque
 from collections.abc import AsyncIterable
@@ -170,7 +171,7 @@ class Channel(Generic[T]):
             if self._closed:
                 raise ChannelClosed(self._closed)
             held = len(buffer)
-        # As _put() does, written out: the calls would add a tenth to the time of an item.
+        # As _put() does, written out: the call would add a twentieth to the time of an item.
         buffer.append(item)
         self._sent += 1
         if self._receivers and _wake(self._receivers):
@@ -346,7 +347,9 @@ class Channel(Generic[T]):
     def _put(self, item: T) -> None:
         self._buffer.append(item)
         self._sent += 1
-        if not self._offer_item():
+        if self._receivers and self._offer_item():
+            return
+        if len(self._buffer) > self._peak:
             self._note_peak()
 
     def _note_peak(self) -> None:
@@ -468,7 +471,7 @@ class _Batches(Generic[T]):
         return self._channel._take_items(gathered)
 
 
-class _End(Generic[T]):
+class _End(ABC, Generic[T]):
     """One end of a channel, with a life of its own."""
 
     def __init__(self, channel: Channel[T]) -> None:
@@ -492,8 +495,9 @@ class _End(Generic[T]):
             self._closed = True
             self._leave()
 
+    @abstractmethod
     def _leave(self) -> None:
-        raise NotImplementedError  # what it means depends on the end
+        """Tell the channel that this end is closed."""
 
     def _check_open(self) -> Channel[T]:
         if self._closed:

@@ -282,7 +282,7 @@ class CircuitBreaker:
         if inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn):
             raise TypeError(f"a circuit breaker cannot guard a generator, got {fn!r}")
         if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-            getattr(fn, "__call__", None)  # noqa: B004 -- an object whose __call__ is async def
+            getattr(fn, "__call__", None)  # noqa: B004 -- not whether fn is callable, but whether its __call__ is async
         ):
             return cast("F", self._guard_async(fn))
         return cast("F", self._guard_sync(fn))

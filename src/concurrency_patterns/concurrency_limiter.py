@@ -148,9 +148,9 @@ class ConcurrencyLimiter:
             self._check(weight)
         in_use = self._in_use + weight
         if in_use <= self._limit and not self._waiters and not self._closed:
-            # As _take() does, written out: a call, also that of max(), would add a tenth.
+            # As _take() does, written out: the call would add a tenth.
             self._in_use = in_use
-            if in_use > self._peak:  # noqa: PLR1730
+            if in_use > self._peak:  # noqa: PLR1730 -- max() is a call, too, and adds a twentieth
                 self._peak = in_use
             if self._timed:
                 self._begin_run(weight)

@@ -220,7 +220,9 @@ class _Journal:
         self._kind: type | None = None  # of the numbers that this page is for
         self._array: Any = None
 
-    # Whoever reads may find it between any two of these steps: so the last one makes them valid.
+    # A worker may die between any two of these steps, and what it leaves must be true. A new batch
+    # counts from the moment at which its number is written, which comes last. To write how many
+    # answers were sent voids all that is kept on a page, so it comes before the page changes.
 
     def begin_batch(self) -> None:
         """Begin a new batch, of which no item is begun yet."""

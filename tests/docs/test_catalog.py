@@ -136,7 +136,7 @@ def test_nothing_found_is_no_success(tmp_path: Path) -> None:
     """A check that finds no docstring at all fails instead of passing."""
     empty = tmp_path / "page.pot"
     polib.POFile().save(str(empty))
-    with pytest.raises(catalog.NoDocstring, match="page"):
+    with pytest.raises(catalog.NoDocstringError, match="page"):
         catalog.messages("page", empty)
-    with pytest.raises(catalog.NoDocstring):
+    with pytest.raises(catalog.NoDocstringError):
         catalog.check({}, tmp_path)
